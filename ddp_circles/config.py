@@ -1,0 +1,258 @@
+"""The configuration of a run: one frozen dataclass, recipes, TOML, validation. Imports no torch."""
+
+import argparse
+import dataclasses
+import math
+import re
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+SEED_LIMIT = 2**32
+FAULT_KINDS = ("kill", "raise", "stall", "nan")
+
+
+class UserError(ValueError):
+    """Something the user can put right: one clear message, exit code 2, no traceback."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planned fault: `kind` happens on `rank` in global step `step`."""
+
+    kind: str
+    rank: int
+    step: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        """Read `KIND@RANK:STEP`; raises `UserError` for anything else."""
+        match = re.fullmatch(r"(\w+)@(\d+):(\d+)", text)
+        if match is None or match[1] not in FAULT_KINDS:
+            raise UserError(f"--fault must be KIND@RANK:STEP with KIND one of {', '.join(FAULT_KINDS)}, got {text!r}")
+        return cls(match[1], int(match[2]), int(match[3]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run depends on. A value out of range raises `UserError` naming the flag."""
+
+    dataset: Literal["circles", "moons", "blobs"] = "circles"
+    """Which points to classify."""
+    n_samples: int = 1000
+    """Points in all, training and test together."""
+    noise: float = 0.03
+    """Standard deviation of the noise; for blobs, of each blob."""
+    factor: float = 0.8
+    """Radius of the inner circle over that of the outer one."""
+    test_fraction: float = 0.2
+    """Share of the points kept for testing."""
+    data_seed: int = 42
+    """Seed of the points and of their split."""
+    hidden: tuple[int, ...] = (10, 10)
+    """Widths of the hidden layers."""
+    activation: Literal["relu", "none"] = "relu"
+    """What follows each hidden layer."""
+    optimizer: Literal["sgd", "adam"] = "adam"
+    """Which optimizer takes the steps."""
+    lr: float = 0.01
+    """Learning rate, the same at any number of ranks."""
+    epochs: int = 60
+    """Passes over the training points."""
+    batch_size: int = 64
+    """GLOBAL batch: samples per step over all ranks; 0 = full batch."""
+    seed: int = 42
+    """Seed of the weights and of the order."""
+    reduction: Literal["exact", "fast"] = "exact"
+    """exact: the same bits on any number of ranks; fast: plain DDP."""
+    micro_batches: int = 8
+    """Pieces each global batch is cut into in exact mode; equal in runs to be compared."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: cuda where there is one."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Who moves the sums; auto: nccl on cuda, else gloo."""
+    run_dir: Path | None = None
+    """Folder of the results; default: runs/<id of the launch, of the Slurm job, or time stamp>."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue what is in the run directory; never: refuse it; must: refuse an empty one."""
+    checkpoint_seconds: float = 30.0
+    """Save when so much time has passed since the last checkpoint."""
+    checkpoint_steps: int = 0
+    """Also save every so many global steps; 0 = by time alone."""
+    log_every: int = 10
+    """Epochs between console lines."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases; auto: online where credentials are configured, else offline."""
+    wandb_project: str = "ddp_circles"
+    """Project of the tracked run."""
+    plots: bool = True
+    """Draw the decision boundary and the learning curves at the end of the run."""
+    fault: str | None = None
+    """Rehearse a fault: kill, raise, stall or nan, as KIND@RANK:STEP; once per run directory."""
+    threads: int = 1
+    """CPU threads per rank."""
+    timeout: float = 300.0
+    """Seconds that a collective may take."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_ranges(self)
+
+    def to_toml(self) -> str:
+        """The settings as TOML, without those of one start alone (`STARTUP_FIELDS`)."""
+        import tomli_w
+
+        values = dataclasses.asdict(self)
+        return tomli_w.dumps({key: value for key, value in values.items() if key not in STARTUP_FIELDS})
+
+
+STARTUP_FIELDS = ("run_dir", "resume", "fault")
+"""Fields that belong to one start of a run, not to the run."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "circles": {},
+    "model_0": {"hidden": (5,), "activation": "none", "epochs": 100, "log_every": 10},
+    "model_1": {"hidden": (10, 10), "activation": "none", "epochs": 1000, "log_every": 100},
+    "model_3": {"hidden": (10, 10), "activation": "relu", "epochs": 1000, "log_every": 100},
+    "model_4": {
+        "dataset": "blobs",
+        "noise": 1.5,
+        "hidden": (8, 8),
+        "activation": "none",
+        "epochs": 100,
+        "log_every": 10,
+    },
+}
+_TUTORIAL = {"optimizer": "sgd", "lr": 0.1, "batch_size": 0}
+RECIPES.update({name: _TUTORIAL | RECIPES[name] for name in RECIPES if name != "circles"})
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _matches(value: object, annotation: Any) -> bool:
+    if isinstance(value, bool):
+        return annotation is bool
+    if get_origin(annotation) is Literal:
+        return isinstance(value, str)
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(_matches(item, get_args(annotation)[0]) for item in value)
+    if get_origin(annotation) is UnionType:
+        return any(_matches(value, choice) for choice in get_args(annotation))
+    return isinstance(value, (int, float)) if annotation is float else isinstance(value, annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is tuple:
+        return "whole numbers"
+    if get_origin(annotation) is UnionType or get_origin(annotation) is Literal:
+        return "text"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(annotation, "text")
+
+
+def _check_types(config: Config) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _matches(value, field.type):
+            raise UserError(f"{_flag(field.name)} must be {_type_name(field.type)}, got {value!r}")
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise UserError(f"{_flag(field.name)} must be one of {', '.join(get_args(field.type))}, got {value!r}")
+
+
+def _check_ranges(config: Config) -> None:
+    def require(holds: bool, field: str, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{_flag(field)} must be {expected}, got {getattr(config, field)!r}")
+
+    def whole(field: str, least: int) -> None:
+        require(getattr(config, field) >= least, field, f"{least} or more")
+
+    def positive(field: str) -> None:
+        require(0 < getattr(config, field) < math.inf, field, "a finite number above 0")
+
+    for field in ("epochs", "batch_size", "checkpoint_steps"):
+        whole(field, 0)
+    for field in ("micro_batches", "log_every", "threads"):
+        whole(field, 1)
+    for field in ("lr", "timeout", "checkpoint_seconds"):
+        positive(field)
+    for field in ("seed", "data_seed"):
+        require(0 <= getattr(config, field) < SEED_LIMIT, field, f"between 0 and {SEED_LIMIT - 1}")
+    require(config.n_samples >= 2, "n_samples", "2 or more")
+    require(0 <= config.noise < math.inf, "noise", "a finite number, 0 or more")
+    require(0 <= config.factor < 1, "factor", "at least 0 and below 1")
+    require(0 < config.test_fraction < 1, "test_fraction", "between 0 and 1, both excluded")
+    tested = math.ceil(config.n_samples * config.test_fraction)
+    require(1 <= tested < config.n_samples, "test_fraction", "such that both parts have a sample")
+    require(all(width >= 1 for width in config.hidden), "hidden", "1 or more in each layer")
+    require(config.wandb_project.strip() != "", "wandb_project", "a name")
+    if config.fault is not None:
+        Fault.parse(config.fault)
+
+
+def recipe(name: str, **changes: Any) -> Config:
+    """The recipe's full set of defaults with `changes` on top; raises `UserError` for an unknown name."""
+    if name not in RECIPES:
+        raise UserError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    return Config(**(RECIPES[name] | changes))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The fields named in a TOML file; raises `UserError` for a file or a key that cannot be used."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from None
+    known = {field.name for field in dataclasses.fields(Config)}
+    for key in values:
+        if key not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+    if isinstance(values.get("run_dir"), str):
+        values["run_dir"] = Path(values["run_dir"])
+    if isinstance(values.get("hidden"), list):
+        values["hidden"] = tuple(values["hidden"])
+    try:
+        Config(**values)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    return values
+
+
+def parse_command_line(arguments: list[str], *, quiet: bool = False) -> Config:
+    """Flags over `--config` file over `--recipe`; `quiet` keeps help and errors of ranks other than 0 silent.
+
+    Raises `UserError` or, for what the command line itself gets wrong, `SystemExit` with code 2.
+    """
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="circles")
+    first.add_argument("--config", type=Path)
+    try:
+        chosen, _ = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    base = recipe(chosen.recipe, **(read_toml(chosen.config) if chosen.config else {}))
+
+    @dataclass(frozen=True)
+    class CommandLine:
+        """Train the circles classifier on one process or many: the same seed gives the same bits."""
+
+        settings: tyro.conf.OmitArgPrefixes[Config]
+        recipe: Annotated[str, tyro.conf.arg(metavar="|".join(RECIPES))] = "circles"
+        """A full set of defaults; flags override it."""
+        config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
+        """The same fields from a file; flags override it."""
+
+    return tyro.cli(
+        CommandLine,
+        args=arguments,
+        default=CommandLine(base, chosen.recipe, chosen.config),
+        prog=f"python -m {'ddp_circles.train' if 'train' in sys.argv[0] else Path(sys.argv[0]).stem}",
+        console_outputs=not quiet,
+        config=(tyro.conf.AvoidSubcommands,),
+    ).settings

@@ -1,0 +1,28 @@
+"""Numbers as 64-bit fixed point, so that their sum does not depend on the order of addition."""
+
+import torch
+from torch import Tensor
+
+GRADIENT_BITS = 44
+"""Gradients are multiples of 2^-44 (5.7e-14)."""
+LOSS_BITS = 24
+"""Loss sums are multiples of 2^-24 (6e-8), so that a sum may reach 5e11."""
+
+
+def largest_term(terms: int, bits: int) -> float:
+    """The magnitude that each of `terms` summands must stay below for their int64 sum never to wrap round."""
+    return float(2**62 // terms) / 2.0**bits
+
+
+def quantize(values: Tensor, bits: int) -> Tensor:
+    """Round floating-point `values` to the nearest multiple of 2^-bits; int64 of the same shape.
+
+    Scaling by a power of two is exact, so one rounding happens here and none later. The result means nothing where
+    a value is not finite or reaches `largest_term`: the caller checks that.
+    """
+    return (values * 2.0**bits).round_().to(torch.int64)
+
+
+def dequantize(integers: Tensor, bits: int) -> Tensor:
+    """The int64 `integers` as float32, rounded once."""
+    return integers.to(torch.float32).mul_(2.0**-bits)

@@ -1,0 +1,168 @@
+"""Stop requests, heartbeats, and who is missing when a collective fails. Imports torch only through its arguments."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+BEAT_SECONDS = 1.0
+GRACE_SECONDS = 8.0
+"""How long a rank may take to end by itself once the job has failed or its launcher is gone."""
+WITNESS_SECONDS = 3.0
+"""How long survivors wait for each other's word before they name who gave none."""
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGUSR1; a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._requested
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the three signals; to be entered before slow imports, in which a signal would be lost.
+
+        Handlers belong to the process's main thread: elsewhere this changes nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _set(self, number: int, _frame: FrameType | None) -> None:
+        if self._requested and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        self._requested = True
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+stop_requested = StopRequest()
+"""The process's own: signals know no finer scope."""
+
+
+class Watch:
+    """Looks after this rank from a thread of its own.
+
+    Leaves a heartbeat in the store once a second, and ends the process `GRACE_SECONDS` after the launcher died or after
+    the job failed on another rank.
+    """
+
+    def __init__(self, rank: int, world_size: int, *, launched: bool) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._launched = launched
+        self._launcher = os.getppid()
+        self._store: Store | None = None
+        self._position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look after this rank; does nothing for a process that no launcher started."""
+        if self._launched:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join(GRACE_SECONDS)
+
+    def connect(self, store: "Store") -> None:
+        """Leave heartbeats in `store` from now on."""
+        self._store = store.clone() if self.world_size > 1 else None  # type: ignore[attr-defined]
+
+    def mark(self, phase: str, epoch: int, step: int) -> None:
+        """Note where this rank is; cheap enough for every step."""
+        self._position = (phase, epoch, step, time.time())
+
+    def report_end(self, word: str, *, linger: bool) -> None:
+        """Tell the others that this rank goes down, and why: `waited` for them, or `raised` something.
+
+        `linger`: the store goes down with this process, so give the others time to read it.
+        """
+        if self._store is None:
+            return
+        try:
+            self._store.set(f"end/{self.rank}", word)
+            self._store.set("failed", str(self.rank))
+            if linger:
+                self._wait_for_others(self._store)
+        except RuntimeError:
+            pass  # the store is gone already, with the rank or the launcher that held it
+
+    def _wait_for_others(self, store: "Store") -> None:
+        deadline, others = time.monotonic() + WITNESS_SECONDS, set(range(self.world_size)) - {self.rank}
+        while others and time.monotonic() < deadline:
+            others = {rank for rank in others if not store.check([f"end/{rank}"])}
+            time.sleep(0.05)
+
+    def name_missing(self) -> str:
+        """Say which ranks did not answer, where each was seen last and how long ago."""
+        store = self._store
+        if store is None:
+            return "no other rank to ask"
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        try:
+            self._wait_for_others(store)
+            words = {rank: store.get(f"end/{rank}").decode() for rank in others if store.check([f"end/{rank}"])}
+            missing = [rank for rank in others if rank not in words]
+            guilty = [rank for rank, word in words.items() if word != "waited"]
+            return "; ".join(self._describe(store, rank, words.get(rank, "")) for rank in guilty + missing)
+        except RuntimeError:
+            return "the store is gone too, with rank 0 or the launcher that held it"
+
+    def _describe(self, store: "Store", rank: int, word: str) -> str:
+        if not store.check([f"beat/{rank}"]):
+            return f"rank {rank} was never seen"
+        seen: dict[str, Any] = json.loads(store.get(f"beat/{rank}"))
+        age = max(0.0, time.time() - seen["since"])
+        where = f"{seen['phase']}, epoch {seen['epoch']}, step {seen['step']}, {age:.0f} s ago"
+        return f"rank {rank} (host {seen['host']}) {word + ', ' if word else ''}last seen in {where}"
+
+    def _run(self) -> None:
+        doomed_since: float | None = None
+        while not self._end.wait(BEAT_SECONDS):
+            reason = self._doom()
+            if reason is None:
+                doomed_since = None
+                continue
+            now = time.monotonic()
+            doomed_since = doomed_since or now
+            if now - doomed_since > GRACE_SECONDS:
+                print(f"rank {self.rank}: {reason}; ending this process", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _doom(self) -> str | None:
+        """Why this process should not go on; None if it should. Leaves a heartbeat on the way."""
+        if os.getppid() != self._launcher:
+            return "its launcher is gone"
+        if self._store is None:
+            return None
+        phase, epoch, step, since = self._position
+        beat = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
+        try:
+            self._store.set(f"beat/{self.rank}", json.dumps(beat))
+            return "the job failed on another rank" if self._store.check(["failed"]) else None
+        except RuntimeError:
+            return "the store of the job is gone"

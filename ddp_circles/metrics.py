@@ -1,0 +1,119 @@
+"""Loss and accuracy as integer sums: equal to the last digit at any number of ranks."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddp_circles.fixed_point import LOSS_BITS, largest_term, quantize
+from ddp_circles.models import correct_count
+
+
+@dataclass
+class Tally:
+    """Sums over all ranks: loss in units of 2^-24, right answers, samples. Plain integers, without limit."""
+
+    loss_units: int = 0
+    correct: int = 0
+    count: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per sample."""
+        return self.loss_units / 2.0**LOSS_BITS / self.count
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return self.correct / self.count
+
+
+@dataclass
+class Progress:
+    """Where a run is: `step` steps of `epoch` are done, with `train` summed over them and all ranks."""
+
+    epoch: int = 0
+    step: int = 0
+    train: Tally = field(default_factory=Tally)
+
+
+class LocalTally:
+    """What one rank has seen since it was last asked: its micro-batches' losses and right answers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._nothing = torch.zeros(3, dtype=torch.int64, device=device)
+        self._losses: list[Tensor] = []
+        self._logits: list[Tensor] = []
+        self._targets: list[Tensor] = []
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Remember one micro-batch: its summed loss (scalar), logits and targets."""
+        self._losses.append(loss.detach())
+        self._logits.append(logits.detach())
+        self._targets.append(targets)
+
+    def take(self, terms: int) -> Tensor:
+        """Loss units, right answers and micro-batches out of range since the last call; int64 of shape [3].
+
+        Each micro-batch's loss is rounded by itself, so the sum does not depend on who ran it. `terms` is how many
+        such losses may be added up in all before they are read.
+        """
+        if not self._losses:
+            return self._nothing.clone()
+        losses = torch.stack(self._losses)
+        logits, targets = torch.cat(self._logits), torch.cat(self._targets)
+        self._losses.clear()
+        self._logits.clear()
+        self._targets.clear()
+        bad = (losses.abs() < largest_term(terms, LOSS_BITS)).logical_not_().sum()
+        return torch.stack([quantize(losses, LOSS_BITS).sum(), correct_count(logits, targets), bad])
+
+
+class Sums(NamedTuple):
+    """What all ranks know together after an agreement; equal on all ranks."""
+
+    step: int
+    """The global step after which they agreed."""
+    seen: int
+    """Samples of the epoch seen by then."""
+    loss_units: int
+    correct: int
+    out_of_range: int
+    stop_requests: int
+
+
+class SumsReader:
+    """Reads `Sums` from the device: at once on the CPU, one agreement late on CUDA, where reading at once would wait.
+
+    The delay is the same on all ranks, so they act on what they read at the same step.
+    """
+
+    def __init__(self, delay: int) -> None:
+        self._delay = delay
+        self._pending: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def post(self, step: int, seen: int, sums: Tensor) -> None:
+        """Take the integers of one agreement: loss units, right answers, out of range, stop requests; int64 [4]."""
+        event = None
+        if sums.is_cuda:
+            sums = sums.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, seen, sums, event))
+
+    def read(self, *, everything: bool = False) -> list[Sums]:
+        """The sums that are due, oldest first; each is given once."""
+        due = len(self._pending) if everything else max(0, len(self._pending) - self._delay)
+        return [self._value(*self._pending.popleft()) for _ in range(due)]
+
+    def peek(self) -> list[Sums]:
+        """The sums that are not due yet; they will be given again."""
+        return [self._value(*pending) for pending in self._pending]
+
+    @staticmethod
+    def _value(step: int, seen: int, sums: Tensor, event: torch.cuda.Event | None) -> Sums:
+        if event is not None:
+            event.synchronize()
+        return Sums(step, seen, *sums.tolist())

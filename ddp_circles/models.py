@@ -1,0 +1,54 @@
+"""The classifiers, and the way from raw logits to prediction probabilities to prediction labels."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """Linear layers of the given widths with an activation after each hidden one.
+
+    Maps float32 [n, features] to raw logits: [n] for two classes, [n, classes] for more. Source: the tutorial's
+    CircleModelV0 to V2 and BlobModel, whose initial weights it reproduces under the same seed.
+    """
+
+    def __init__(self, features: int, hidden: Sequence[int], activation: str, classes: int) -> None:
+        super().__init__()
+        self.binary = classes == 2
+        widths = [features, *hidden]
+        layers: list[nn.Module] = []
+        for width, next_width in pairwise(widths):
+            layers.append(nn.Linear(width, next_width))
+            if activation == "relu":
+                layers.append(nn.ReLU())
+        layers.append(nn.Linear(widths[-1], 1 if self.binary else classes))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Raw logits of `inputs`."""
+        logits: Tensor = self.layers(inputs)
+        return logits.squeeze(1) if self.binary else logits
+
+
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed loss of raw logits: binary cross-entropy for [n], cross-entropy for [n, classes]; a float32 scalar."""
+    if logits.ndim == 1:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def probabilities_of(logits: Tensor) -> Tensor:
+    """Prediction probabilities of raw logits: sigmoid for [n], softmax over classes for [n, classes]."""
+    return logits.sigmoid() if logits.ndim == 1 else logits.softmax(dim=1)
+
+
+def labels_of(probabilities: Tensor) -> Tensor:
+    """Prediction labels, shape [n], of prediction probabilities: rounded for [n], the argmax for [n, classes]."""
+    return probabilities.round() if probabilities.ndim == 1 else probabilities.argmax(dim=1)
+
+
+def correct_count(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many labels of `logits` equal `targets`; an int64 scalar."""
+    return (labels_of(probabilities_of(logits)) == targets).sum()

@@ -1,0 +1,81 @@
+"""The run directory: one writer at a time, and files that are whole or absent. Used by rank 0 alone."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from ddp_circles.config import UserError
+from ddp_circles.files import write_atomically
+
+Status = Literal["running", "stopped", "finished", "failed"]
+LOCK_WAIT_SECONDS = 20.0
+"""How long a start waits for the last one's processes to leave; longer than they need after a kill."""
+
+
+class RunDir:
+    """The folder `path` and what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
+        self.metrics = path / "metrics.jsonl"
+        self.model = path / "model.safetensors"
+        self._lock = FileLock(path / ".lock")
+
+    def open(self) -> None:
+        """Make the folder and take its lock.
+
+        Raises `UserError` where it cannot be written, or where another run still holds it after `LOCK_WAIT_SECONDS`.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise PermissionError("no permission to write")
+            self._lock.acquire(timeout=LOCK_WAIT_SECONDS)
+            self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        except Timeout:
+            raise UserError(
+                f"--run-dir {self.path} is in use by {self._holder.read_text()}: wait for it, or choose another"
+            ) from None
+        except OSError as error:
+            raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    @property
+    def _holder(self) -> Path:
+        return self.path / ".lock.holder"
+
+    @property
+    def status(self) -> str | None:
+        """The word in the file `status`; None where there is none."""
+        try:
+            return (self.path / "status").read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    def set_status(self, status: Status) -> None:
+        """Say in one word how the run is."""
+        write_atomically(self.path / "status", f"{status}\n".encode())
+
+    def write_config(self, toml: str) -> None:
+        """Store the resolved configuration."""
+        write_atomically(self.path / "config.toml", toml.encode())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Store the run's last figures."""
+        write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+    def clear(self) -> None:
+        """Forget an earlier run, so that a new one starts from nothing."""
+        for stale in (self.metrics, self.model, self.path / "summary.json", self.path / "fault"):
+            stale.unlink(missing_ok=True)
+        for checkpoint in self.checkpoints.iterdir():
+            checkpoint.unlink()

@@ -1,0 +1,225 @@
+"""The training and test loop, and nothing but the loop.
+
+for each epoch:
+    for each step:                      # positions [kB, (k+1)B) of the epoch's order
+        zero the gradients
+        for each micro-batch of this rank:
+            forward pass, loss, backward
+        step the optimizer
+        agree on loss, accuracy and stop requests, which rode along with the gradients
+    evaluate on the test set
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddp_circles.data import Dataset
+from ddp_circles.exact import Reducer
+from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
+from ddp_circles.sharding import Sharding, TensorSampler
+from ddp_circles.world import World
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+EVALUATION_BATCH = 65536
+"""Test samples between two agreements of the ranks, at the most."""
+
+
+class OutOfRangeError(ArithmeticError):
+    """A gradient or a loss that is not finite, or too large for the exact sums; raised on all ranks alike."""
+
+
+class StopRequestedError(Exception):
+    """All ranks agreed to stop here, and what was done so far is saved."""
+
+
+class Step(NamedTuple):
+    """One step as a rank sees it."""
+
+    number: int
+    """Global step, counted from 0 over the whole run."""
+    divisor: float
+    """What a micro-batch's summed loss is divided by."""
+    micro_batches: list[tuple[Tensor, Tensor, AbstractContextManager[object]]]
+    """Inputs, targets, and the context to run them in; the last one's sums the gradients over all ranks."""
+
+
+class Events(Protocol):
+    """What happens around the loop, on every rank."""
+
+    def wrap_steps(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Act around each step: faults, heartbeats."""
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+
+    def save_due(self, steps_done: int) -> bool:
+        """Whether it is time for a checkpoint."""
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint."""
+
+    def phase(self, name: str, progress: Progress) -> None:
+        """`train` or `evaluate` begins."""
+
+    def epoch_done(self, progress: Progress, test: Tally) -> None:
+        """An epoch is trained and evaluated."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the loop works on.
+
+    `model` is what the loop calls: the DDP wrapper, or the bare module in a world of one; `bare` is the module itself.
+    `batch_size` is global, 0 for the full batch.
+    """
+
+    model: nn.Module
+    bare: nn.Module
+    optimizer: Optimizer
+    loss: LossFunction
+    reducer: Reducer
+    tally: LocalTally
+    world: World
+    train_set: Dataset
+    test_set: Dataset
+    batch_size: int
+    seed: int
+    events: Events
+
+    def sharding(self, samples: int, batch_size: int) -> Sharding:
+        """How `samples` are cut up for the ranks of this world."""
+        ranks = self.world.ranks
+        return Sharding(
+            samples, min(batch_size or samples, samples), self.reducer.streams, ranks.rank, ranks.world_size
+        )
+
+
+def fit(trainer: Trainer, *, epochs: int, progress: Progress) -> None:
+    """Train and evaluate until `epochs` epochs are done, starting from `progress`.
+
+    Raises `OutOfRangeError` and `StopRequestedError` on all ranks alike.
+    """
+    test_sharding = trainer.sharding(len(trainer.test_set.inputs), EVALUATION_BATCH)
+    test_streams = streams_of(trainer.test_set, None, test_sharding)
+    while progress.epoch < epochs:
+        trainer.events.phase("train", progress)
+        train_epoch(trainer, progress)
+        trainer.events.phase("evaluate", progress)
+        test = evaluate(trainer, progress, test_sharding, test_streams)
+        trainer.events.epoch_done(progress, test)
+        progress.epoch, progress.step, progress.train = progress.epoch + 1, 0, Tally()
+
+
+def train_epoch(trainer: Trainer, progress: Progress) -> None:
+    """Take the steps of one epoch that are still to do."""
+    model, loss_function, optimizer, tally = trainer.model, trainer.loss, trainer.optimizer, trainer.tally
+    model.train()
+    for step in agreeing_steps(trainer, progress):
+        optimizer.zero_grad()  # 3. zero the gradients
+        for inputs, targets, context in step.micro_batches:
+            with context:
+                logits = model(inputs)  # 1. forward pass
+                loss = loss_function(logits, targets)  # 2. loss, and what accuracy needs
+                tally.add(loss, logits, targets)
+                (loss / step.divisor).backward()  # 4. backward: the last one sums over all ranks
+        optimizer.step()  # 5. step: the same on every rank
+
+
+@torch.inference_mode()
+def evaluate(trainer: Trainer, progress: Progress, sharding: Sharding, streams: dict[int, Dataset]) -> Tally:
+    """Loss and accuracy on the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
+    model, tally, total = trainer.bare, trainer.tally, Tally()
+    stop_flag = torch.zeros(1, dtype=torch.int64, device=trainer.world.device)
+    model.eval()
+    for step in range(sharding.steps):
+        for stream in sharding.owned():
+            inputs, targets = _slice(streams[stream], sharding.bounds(step, stream))
+            logits = model(inputs)
+            tally.add(trainer.loss(logits, targets), logits, targets)
+        local = torch.cat([tally.take(sharding.streams), stop_flag.fill_(trainer.events.stop_requested())])
+        sums = Sums(step, sharding.seen(step + 1), *trainer.world.sum(local).tolist())
+        _add(total, sums, f"in the evaluation after epoch {progress.epoch}")
+        if sums.stop_requests:
+            trainer.events.save(progress)
+            raise StopRequestedError
+    return total
+
+
+def agreeing_steps(trainer: Trainer, progress: Progress) -> Iterator[Step]:
+    """The epoch's remaining steps; after each, take in what the ranks agreed on, and save or stop if that is due."""
+    sharding = trainer.sharding(len(trainer.train_set.inputs), trainer.batch_size)
+    reader = SumsReader(delay=1 if trainer.world.device.type == "cuda" else 0)
+    for step in trainer.events.wrap_steps(local_steps(trainer, progress, sharding)):
+        yield step
+        progress.step += 1
+        last = progress.step == sharding.steps
+        sums = trainer.reducer.agreed(progress.step - 1, last=last)
+        if sums is None:
+            continue
+        reader.post(step.number, sharding.seen(progress.step), sums)
+        stop = False
+        for due in reader.read(everything=last):
+            _add(progress.train, due, f"in step {due.step}")
+            stop = stop or due.stop_requests > 0
+        diverged = any(pending.out_of_range for pending in reader.peek())
+        if (stop or trainer.events.save_due(step.number + 1)) and not diverged:
+            trainer.events.save(_settled(progress, reader))
+        if stop:
+            raise StopRequestedError
+
+
+def local_steps(trainer: Trainer, progress: Progress, sharding: Sharding) -> Iterator[Step]:
+    """This rank's share of the epoch's remaining steps; the samples are put in order once per epoch."""
+    sampler = TensorSampler(sharding.samples, seed=trainer.seed)
+    streams = streams_of(trainer.train_set, sampler.order(progress.epoch), sharding)
+    nothing = _slice(trainer.train_set, (0, 0))
+    for step in range(progress.step, sharding.steps):
+        bounds = [(stream, sharding.bounds(step, stream)) for stream in sharding.owned()]
+        shares = [_slice(streams[stream], (start, stop)) for stream, (start, stop) in bounds if start < stop] or [
+            nothing
+        ]
+        contexts = trainer.reducer.contexts(len(shares))
+        yield Step(
+            number=progress.epoch * sharding.steps + step,
+            divisor=trainer.reducer.divisor(sharding.step_size(step)),
+            micro_batches=[(*share, context) for share, context in zip(shares, contexts, strict=True)],
+        )
+
+
+def streams_of(samples: Dataset, order: Tensor | None, sharding: Sharding) -> dict[int, Dataset]:
+    """The samples of each stream this rank owns, contiguous and in `order` (None: as they are)."""
+    inputs, targets = samples
+    if order is None:
+        order = torch.arange(len(inputs))
+    shares = {stream: order[stream :: sharding.streams].to(inputs.device) for stream in sharding.owned()}
+    return {stream: Dataset(inputs[share], targets[share]) for stream, share in shares.items()}
+
+
+def _slice(samples: Dataset, bounds: tuple[int, int]) -> Dataset:
+    start, stop = bounds
+    return Dataset(samples.inputs[start:stop], samples.targets[start:stop])
+
+
+def _settled(progress: Progress, reader: SumsReader) -> Progress:
+    """`progress` with what the ranks agreed on but have not acted on yet, as a checkpoint must hold it."""
+    settled = replace(progress, train=replace(progress.train))
+    for pending in reader.peek():
+        _add(settled.train, pending, f"in step {pending.step}")
+    return settled
+
+
+def _add(tally: Tally, sums: Sums, where: str) -> None:
+    if sums.out_of_range:
+        raise OutOfRangeError(
+            f"{where}, {sums.out_of_range} gradients or losses were not finite or too large for the exact sums: "
+            "the training diverged; try a smaller --lr"
+        )
+    tally.loss_units += sums.loss_units
+    tally.correct += sums.correct
+    tally.count = sums.seen

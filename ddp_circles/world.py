@@ -1,0 +1,302 @@
+"""From the launcher's environment to ranks, and from ranks to a process group and back out of it.
+
+The only module that reads launcher variables and the only one that creates or destroys a process group.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from ddp_circles.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch._C._distributed_c10d import Store
+
+SHARED_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among all processes of the job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    nodes: int = 1
+    launcher: str = "one process"
+    """`torchrun`, `srun` or `one process`."""
+    job_id: str | None = None
+    """The launcher's name of the run, the same after a restart or requeue; None where it has none."""
+    restarts: int = 0
+    """How often torchrun has restarted the workers."""
+    store_address: tuple[str, int] | None = None
+    """Where the ranks meet; None for one process."""
+    store_is_the_agents: bool = False
+    """Whether torchrun's agent holds the store, so that it outlives the workers."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, the one that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def serves_store(self) -> bool:
+        """Whether the ranks' store lives in this process."""
+        return self.rank == 0 and self.store_address is not None and not self.store_is_the_agents
+
+    @property
+    def launched(self) -> bool:
+        """Whether a launcher started this process and looks after it."""
+        return self.launcher != "one process"
+
+
+def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Find this process's ranks: torchrun's variables first, then the Slurm step's, then one process.
+
+    Raises `UserError` where the variables contradict each other.
+    """
+    if "RANK" in environment:
+        return _torchrun_ranks(environment)
+    if "WORLD_SIZE" in environment and environment.get("SLURM_STEP_NUM_TASKS") != environment["WORLD_SIZE"]:
+        raise UserError("WORLD_SIZE is set without RANK: start with torchrun or srun, or unset WORLD_SIZE")
+    job_id = environment.get("SLURM_JOB_ID")
+    if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        return _slurm_ranks(environment)
+    return Ranks(job_id=job_id)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, "" if default is None else str(default))
+    if not text.isdigit():
+        raise UserError(f"{name} must be a whole number beside the launcher's other variables, got {text!r}")
+    return int(text)
+
+
+def _checked(ranks: Ranks) -> Ranks:
+    if not (0 <= ranks.rank < ranks.world_size and 0 <= ranks.local_rank < ranks.local_world_size <= ranks.world_size):
+        raise UserError(
+            f"{ranks.launcher}'s variables contradict each other: rank {ranks.rank} of {ranks.world_size}, "
+            f"local rank {ranks.local_rank} of {ranks.local_world_size}"
+        )
+    return ranks
+
+
+def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    ranks = Ranks(
+        rank=_number(environment, "RANK"),
+        world_size=_number(environment, "WORLD_SIZE"),
+        local_rank=_number(environment, "LOCAL_RANK", _number(environment, "RANK")),
+        local_world_size=_number(environment, "LOCAL_WORLD_SIZE", _number(environment, "WORLD_SIZE")),
+        nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
+        launcher="torchrun",
+        job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
+        restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+        store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
+        store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+    if ranks.restarts and ranks.nodes > 1 and ranks.store_is_the_agents:
+        raise UserError(
+            f"restarts between nodes need {SHARED_STORE_VARIABLE}=1 in the environment of every torchrun: "
+            "without it the ranks meet at stale addresses (launch/multi_node.sh sets it)"
+        )
+    return _checked(ranks)
+
+
+def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
+    world_size = _number(environment, "SLURM_STEP_NUM_TASKS")
+    nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
+    node = _number(environment, "SLURM_NODEID", 0)
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
+    host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""), nodes)
+    port = _number(environment, "MASTER_PORT", 20000 + (job * 16 + step) % 20000)
+    return _checked(
+        Ranks(
+            rank=_number(environment, "SLURM_PROCID"),
+            world_size=world_size,
+            local_rank=_number(environment, "SLURM_LOCALID"),
+            local_world_size=_tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))[node],
+            nodes=nodes,
+            launcher="srun",
+            job_id=environment["SLURM_JOB_ID"],
+            store_address=(host, port) if world_size > 1 else None,
+        )
+    )
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Read Slurm's `2(x3),1` as [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, repeats = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(repeats or 1)
+    return counts
+
+
+def _first_host(node_list: str, nodes: int) -> str:
+    if nodes == 1:
+        return "127.0.0.1"
+    try:
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"cannot tell the first node of {node_list!r}: set MASTER_ADDR in the job ({error})") from None
+    return names.stdout.split()[0]
+
+
+def pin_threads(threads: int) -> None:
+    """Use `threads` CPU threads in this rank, however it was started; before torch is imported where possible."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def choose_device(device: str, backend: str, ranks: Ranks) -> "tuple[torch.device, str]":
+    """The torch device of this rank and the backend for it; raises `UserError` for what is not there."""
+    import torch
+    import torch.distributed as dist
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda was asked for and torch sees no CUDA device here: use --device cpu")
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise UserError("--backend nccl was asked for and this torch has none: use --backend gloo")
+    on_cuda = device == "cuda" or (device == "auto" and gpus > 0)
+    if backend == "nccl" and not on_cuda:
+        raise UserError("--backend nccl needs --device cuda and a CUDA device: use --backend gloo")
+    chosen = backend if backend != "auto" else ("nccl" if on_cuda else "gloo")
+    if not on_cuda:
+        return torch.device("cpu"), chosen
+    if chosen == "nccl" and ranks.local_world_size > gpus:
+        raise UserError(
+            f"{ranks.local_world_size} ranks on this node and {gpus} CUDA devices: start one rank per device, "
+            "or let the ranks share with --backend gloo"
+        )
+    return torch.device("cuda", ranks.local_rank % gpus), chosen
+
+
+class World:
+    """An open process group: the ranks, their device, their store, and the collectives the package needs."""
+
+    def __init__(self, ranks: Ranks, device: "torch.device", backend: str, store: "Store") -> None:
+        self.ranks = ranks
+        self.device = device
+        self.backend = backend
+        self.store = store
+        """Where the ranks of this start meet."""
+
+    def describe(self) -> str:
+        """One phrase for the log: how many ranks, who started them, what they compute on."""
+        ranks = self.ranks
+        count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+        nodes = f" on {ranks.nodes} nodes" if ranks.nodes > 1 else ""
+        return f"{count}{nodes} ({ranks.launcher}), {self.device.type}, {self.backend}"
+
+    def agree_on_first(self, word: str) -> str:
+        """Of all words given here since the launcher started, the first: restarts of the workers do not change it."""
+        lasting = getattr(self.store, "underlying_store", self.store)
+        return lasting.compare_set("ddp_circles/first word", "", word).decode()
+
+    def sum(self, integers: "torch.Tensor") -> "torch.Tensor":
+        """Add up `integers` over all ranks, in place; the sum of int64 has the same bits in any order."""
+        import torch.distributed as dist
+
+        if self.ranks.world_size > 1:
+            dist.all_reduce(integers)
+        return integers
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of ranks, on every rank."""
+        import torch.distributed as dist
+
+        box: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(box, value)
+        return box
+
+
+@contextmanager
+def open_world(ranks: Ranks, device: "torch.device", backend: str, timeout: float) -> "Iterator[World]":
+    """Join the process group of all ranks, and leave it whatever happens.
+
+    `timeout`: seconds that a collective may take. A world of one is a world too. Raises `ConnectionError` if the
+    ranks do not find each other.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks.nodes == 1 and backend == "gloo":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        store = _open_store(ranks, timedelta(seconds=timeout))
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        card = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
+        raise ConnectionError(
+            f"rank {ranks.rank} did not find the other {ranks.world_size - 1} ranks at {ranks.store_address}: {error}\n"
+            f"If the nodes have several network cards, name the one they share in {card}."
+        ) from error
+    try:
+        yield World(ranks, device, backend, store)
+    finally:
+        dist.destroy_process_group()
+
+
+def _open_store(ranks: Ranks, timeout: timedelta) -> "Store":
+    """The store in which the ranks of this very start meet: a name space of its own for each restart."""
+    from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+
+    if ranks.store_address is None:
+        return HashStore()
+    host, port = ranks.store_address
+    serves = ranks.serves_store
+    store = TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)
+    return PrefixStore(f"start {ranks.restarts}", store)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` says that a collective failed because another rank is gone or silent."""
+    import torch.distributed as dist
+
+    if isinstance(error, (dist.DistError, ConnectionError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo/transport", "Gloo", "NCCL"))
+
+
+def fingerprint(device: "torch.device", threads: int) -> dict[str, str]:
+    """What the bits of a result depend on besides the configuration; equal on ranks that compute alike."""
+    import torch
+
+    on_cuda = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "instruction_set": "" if on_cuda else torch.backends.cpu.get_cpu_capability(),
+        "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
+        "threads": str(threads),
+    }

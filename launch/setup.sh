@@ -1,0 +1,20 @@
+# Sourced by the launch scripts: make the virtual environment where it is missing or out of date, and enter it.
+# shellcheck shell=bash
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export VIRTUAL_ENV="$project/.venv" PATH="$project/.venv/bin:$PATH"
+
+install_environment() (
+    flock 9 # several launches at once: one installs, the others wait
+    stamp=$(cat "$project/pyproject.toml" "$project/constraints.txt" | sha256sum)
+    [ "$(cat "$VIRTUAL_ENV/stamp" 2>/dev/null)" = "$stamp" ] && return
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "error: Python 3.11 or newer is needed, $(python3 --version) was found" >&2
+        return 2
+    }
+    echo "setting up $VIRTUAL_ENV" >&2
+    python3 -m venv --clear "$VIRTUAL_ENV"
+    python3 -m pip install --quiet -c "$project/constraints.txt" -e "$project[test]"
+    echo "$stamp" >"$VIRTUAL_ENV/stamp"
+) 9>"$project/.setup.lock"
+
+install_environment

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Train on this machine: one rank per GPU, else four ranks on the CPU. All arguments go to the trainer.
+# RANKS=N starts another number of ranks.
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "$0")/setup.sh"
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 0 ] || gpus=4
+exec torchrun --standalone --nproc-per-node="${RANKS:-$gpus}" -m ddp_circles.train "$@"
