@@ -1,11 +1,20 @@
 """The data sets of the tutorial as tensors, split as there."""
 
-from typing import NamedTuple
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOB_CENTRES = 4
+CACHED_FROM = 2_000_000
+"""From so many samples on a set is stored, and shared by the ranks of a node."""
+CACHE_FILES = ("train_inputs.npy", "train_targets.npy", "test_inputs.npy", "test_targets.npy")
 
 
 class Dataset(NamedTuple):
@@ -35,9 +44,23 @@ def make_split(
 ) -> Split:
     """Make `circles`, `moons` or `blobs` with scikit-learn and split them; the same arguments give the same bits.
 
-    `noise` is the standard deviation of the points, for blobs that of each of the 4 blobs. Source: scikit-learn's
-    `make_circles`, `make_moons`, `make_blobs` and `train_test_split`, called as in the tutorial's notebook.
+    `noise` is the standard deviation of the points, for blobs that of each of the 4 blobs. From `CACHED_FROM` samples
+    on, the set is made once per node and mapped into memory by all ranks there; raises `OSError` if it cannot be
+    stored. Source: scikit-learn's `make_circles`, `make_moons`, `make_blobs` and `train_test_split`, called as in the
+    tutorial's notebook.
     """
+    arguments = {
+        "dataset": dataset,
+        "n_samples": n_samples,
+        "noise": noise,
+        "factor": factor,
+        "test_fraction": test_fraction,
+        "data_seed": data_seed,
+    }
+    return _generate(**arguments) if n_samples < CACHED_FROM else _cached(arguments)
+
+
+def _generate(dataset: str, n_samples: int, noise: float, factor: float, test_fraction: float, data_seed: int) -> Split:
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
@@ -49,13 +72,60 @@ def make_split(
         points, classes = datasets.make_blobs(
             n_samples, n_features=2, centers=BLOB_CENTRES, cluster_std=noise, random_state=data_seed
         )
-    target_type = torch.int64 if dataset == "blobs" else torch.float32
     inputs = torch.from_numpy(points).to(torch.float32)
-    targets = torch.from_numpy(classes).to(target_type)
+    targets = torch.from_numpy(classes).to(torch.int64 if dataset == "blobs" else torch.float32)
+    del points, classes
     train_inputs, test_inputs, train_targets, test_targets = train_test_split(
         inputs, targets, test_size=test_fraction, random_state=data_seed
     )
     return Split(Dataset(train_inputs, train_targets), Dataset(test_inputs, test_targets))
+
+
+def _cached(arguments: dict[str, Any]) -> Split:
+    """The set from this node's cache; the first rank to ask makes it, under a lock, and the others wait."""
+    import numpy as np
+    import sklearn
+    from filelock import FileLock
+
+    recipe = json.dumps(arguments | {"sklearn": sklearn.__version__, "numpy": np.__version__}, sort_keys=True)
+    cache = Path(tempfile.gettempdir()) / f"ddp_circles-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    with FileLock(f"{folder}.lock"):
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            _store(_generate(**arguments), folder)
+    # Copy-on-write: the pages are shared by the node's ranks, and torch gets the writable memory that it insists on.
+    parts = [torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in CACHE_FILES]
+    return Split(Dataset(*parts[:2]), Dataset(*parts[2:]))
+
+
+def _store(split: Split, folder: Path) -> None:
+    """Write the parts of `split` and their checksums; the folder gets its name when it is whole."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        for name, part in zip(CACHE_FILES, [*split.train, *split.test], strict=True):
+            np.save(made / name, part.numpy())
+        (made / "checksums.json").write_text(json.dumps(_checksums(made)))
+        made.rename(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "checksums.json").read_text()) == _checksums(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for name in CACHE_FILES:
+        with (folder / name).open("rb") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def class_count(dataset: str) -> int:

@@ -33,6 +33,8 @@ from ddp_circles.world import World
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+ROW_ELEMENTS = 2**22
+"""Gradients that wait for their rounding, at the most (if one micro-batch has no more): few operations, little memory."""
 FAST_AGREES_EVERY = 32
 """Steps between two agreements of the ranks in fast mode."""
 
@@ -74,8 +76,8 @@ class Reducer(Protocol):
     def contexts(self, count: int) -> Sequence[AbstractContextManager[object]]:
         """The contexts in which this rank runs the `count` micro-batches of one step."""
 
-    def divisor(self, samples: int) -> float:
-        """What a micro-batch's summed loss is divided by, in a step of `samples` over all ranks."""
+    def weight(self, samples: int) -> float:
+        """What a micro-batch's summed loss is multiplied by, in a step of `samples` over all ranks."""
 
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
         """Loss units, right answers, values out of range and stop requests of all ranks since the last agreement.
@@ -87,8 +89,8 @@ class Reducer(Protocol):
 class ExactReducer:
     """Integer sums: the same bits for every number of ranks. A DDP communication hook; at world one called directly.
 
-    `model`: the bare module, all of whose parameters must take part in the loss. `streams`: V. `stop_requested`: asked
-    once per step.
+    `model`: the bare module, all of whose parameters must take part in the loss. `streams`: V, of which this rank runs
+    `owned`. `stop_requested`: asked once per step.
     """
 
     def __init__(
@@ -96,22 +98,26 @@ class ExactReducer:
         model: nn.Module,
         *,
         streams: int,
+        owned: int,
         tally: LocalTally,
         stop_requested: Callable[[], bool],
         device: torch.device,
     ) -> None:
         self.streams = streams
-        self._names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-        self._parameters: tuple[nn.Parameter, ...] = parameters
-        self._sizes = [parameter.numel() for parameter in parameters]
+        self._named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        self._sizes = [parameter.numel() for _, parameter in self._named]
+        rows = max(1, min(owned, ROW_ELEMENTS // sum(self._sizes)))
+        self._rows = torch.empty(rows, sum(self._sizes), device=device)
+        self._row_views = self._rows.unbind()
+        self._filled = 0
+        self._integers: Tensor | None = None
+        self._peaks: list[Tensor] = []
+        self._limit = largest_term(streams, GRADIENT_BITS)
         self._tally = tally
         self._stop_requested = stop_requested
         self._flag = torch.tensor([[0], [1]], device=device)
-        self._limit = largest_term(streams, GRADIENT_BITS)
-        self._replica: DistributedDataParallel | None = None
-        self._integers: Tensor | None = None
-        self._peaks: list[Tensor] = []
         self._sums = torch.zeros(4, dtype=torch.int64, device=device)
+        self._replica: DistributedDataParallel | None = None
         self._accumulate = _Accumulate(self)
         self._reduce: AbstractContextManager[object] = _Reduce(self)
 
@@ -125,9 +131,9 @@ class ExactReducer:
         """See `Reducer`: all but the last micro-batch stay on the rank."""
         return [self._accumulate] * (count - 1) + [self._reduce]
 
-    def divisor(self, samples: int) -> float:
-        """See `Reducer`."""
-        return samples
+    def weight(self, samples: int) -> float:
+        """See `Reducer`: the sum of all gradients is that of the mean loss."""
+        return 1.0 / samples
 
     def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the protocol's arguments
         """See `Reducer`: the ranks agree after every step."""
@@ -138,38 +144,44 @@ class ExactReducer:
         return self._replica.no_sync() if self._replica is not None else nullcontext()
 
     def accumulate(self) -> None:
-        """Round the gradients of one micro-batch, take them into the rank's integers and clear them."""
-        gradients = [parameter.grad for parameter in self._parameters]
-        if None in gradients:
-            name = self._names[gradients.index(None)]
-            raise ValueError(f"parameter {name!r} got no gradient: every parameter must take part in the loss")
-        integers = self._rounded(torch.cat([gradient.view(-1) for gradient in cast(list[Tensor], gradients)]))
-        self._integers = integers if self._integers is None else self._integers.add_(integers)
-        for parameter in self._parameters:
+        """Take the gradients of one micro-batch as a row, and clear them."""
+        pieces = []
+        for name, parameter in self._named:
+            gradient = parameter.grad
+            if gradient is None:
+                raise ValueError(f"parameter {name!r} got no gradient: every parameter must take part in the loss")
+            pieces.append(gradient.reshape(-1))
             parameter.grad = None
+        torch.cat(pieces, out=self._row_views[self._filled])
+        self._filled += 1
+        if self._filled == len(self._row_views):
+            self._add_rows()
 
     def finish(self) -> None:
         """At world one: the rank's integers are the sum; give it to the parameters as their gradients."""
         self.accumulate()
+        self._add_rows()
         assert self._integers is not None
         pieces = dequantize(self._integers, GRADIENT_BITS).split(self._sizes)
-        for parameter, piece in zip(self._parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
         self._integers = None
+        for (_, parameter), piece in zip(self._named, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
         self._sums = self._extras()
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum one DDP bucket over all ranks: its last micro-batch's gradients plus what was accumulated before."""
-        buffer = bucket.buffer()
+        buffer, is_last = bucket.buffer(), bucket.is_last()
         local = self._rounded(buffer)
+        self._add_rows()
         if self._integers is not None:
             # Accumulators follow parameters: DDP rebuilds its buckets, in another order, after the first step.
-            by_parameter = dict(zip(self._parameters, self._integers.split(self._sizes), strict=True))
+            pieces = zip(self._named, self._integers.split(self._sizes), strict=True)
+            by_parameter = {parameter: piece for (_, parameter), piece in pieces}
             local += torch.cat([by_parameter[cast(nn.Parameter, parameter)] for parameter in bucket.parameters()])
-        size, is_last = local.numel(), bucket.is_last()
+        size = local.numel()
         if is_last:
-            local = torch.cat([local, self._extras()])
             self._integers = None
+            local = torch.cat([local, self._extras()])
 
         def deliver(summed: Future[list[Tensor]]) -> Tensor:
             # Reading the value raises if the all-reduce failed; without that the rank would go on with its own sums.
@@ -178,9 +190,15 @@ class ExactReducer:
                 self._sums = total[size:]
             return buffer.copy_(dequantize(total[:size], GRADIENT_BITS))
 
-        future = dist.all_reduce(local, async_op=True).get_future()
-        summed: Future[Tensor] = future.then(deliver)
-        return summed
+        future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
+        return future
+
+    def _add_rows(self) -> None:
+        """Round each row by itself and add it to the rank's integers."""
+        if self._filled:
+            integers = self._rounded(self._rows[: self._filled]).sum(0)
+            self._integers = integers if self._integers is None else self._integers.add_(integers)
+            self._filled = 0
 
     def _rounded(self, gradients: Tensor) -> Tensor:
         self._peaks.append(torch.linalg.vector_norm(gradients, torch.inf))
@@ -257,9 +275,9 @@ class FastReducer:
         """See `Reducer`."""
         return [nullcontext()] * count
 
-    def divisor(self, samples: int) -> float:
-        """See `Reducer`: DDP averages over ranks, the result is the mean over samples even for unequal shards."""
-        return samples / self.streams
+    def weight(self, samples: int) -> float:
+        """See `Reducer`: DDP averages over ranks; the result is the mean over samples even for unequal shards."""
+        return self.streams / samples
 
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
         """See `Reducer`."""

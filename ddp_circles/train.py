@@ -380,7 +380,12 @@ def _replicate(config: Config, world: World, bare: "nn.Module", tally: "LocalTal
     if config.reduction == "fast":
         return replica, FastReducer(world=world, tally=tally, stop_requested=stop_requested)
     reducer = ExactReducer(
-        bare, streams=config.micro_batches, tally=tally, stop_requested=stop_requested, device=world.device
+        bare,
+        streams=config.micro_batches,
+        owned=-(-config.micro_batches // world.ranks.world_size),
+        tally=tally,
+        stop_requested=stop_requested,
+        device=world.device,
     )
     if isinstance(replica, DistributedDataParallel):
         reducer.attach(replica)
@@ -391,8 +396,8 @@ def _make_optimizer(config: Config, model: "nn.Module") -> "Optimizer":
     import torch
 
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=config.lr)
-    return torch.optim.Adam(model.parameters(), lr=config.lr)
+        return torch.optim.SGD(model.parameters(), lr=config.lr, fused=True)
+    return torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
 
 
 def _open_records(

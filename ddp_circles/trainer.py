@@ -43,8 +43,8 @@ class Step(NamedTuple):
 
     number: int
     """Global step, counted from 0 over the whole run."""
-    divisor: float
-    """What a micro-batch's summed loss is divided by."""
+    weight: Tensor
+    """What makes summed losses the mean of the step: one over its samples; a float32 scalar."""
     micro_batches: list[tuple[Tensor, Tensor, AbstractContextManager[object]]]
     """Inputs, targets, and the context to run them in; the last one's sums the gradients over all ranks."""
 
@@ -127,7 +127,7 @@ def train_epoch(trainer: Trainer, progress: Progress) -> None:
                 logits = model(inputs)  # 1. forward pass
                 loss = loss_function(logits, targets)  # 2. loss, and what accuracy needs
                 tally.add(loss, logits, targets)
-                (loss / step.divisor).backward()  # 4. backward: the last one sums over all ranks
+                loss.backward(step.weight)  # 4. backward, of the step's mean loss; the last one sums over all ranks
         optimizer.step()  # 5. step: the same on every rank
 
 
@@ -179,6 +179,8 @@ def local_steps(trainer: Trainer, progress: Progress, sharding: Sharding) -> Ite
     sampler = TensorSampler(sharding.samples, seed=trainer.seed)
     streams = streams_of(trainer.train_set, sampler.order(progress.epoch), sharding)
     nothing = _slice(trainer.train_set, (0, 0))
+    sizes = {sharding.step_size(step) for step in (0, sharding.steps - 1)}
+    weights = {size: torch.tensor(trainer.reducer.weight(size), device=trainer.world.device) for size in sizes}
     for step in range(progress.step, sharding.steps):
         bounds = [(stream, sharding.bounds(step, stream)) for stream in sharding.owned()]
         shares = [_slice(streams[stream], (start, stop)) for stream, (start, stop) in bounds if start < stop] or [
@@ -187,7 +189,7 @@ def local_steps(trainer: Trainer, progress: Progress, sharding: Sharding) -> Ite
         contexts = trainer.reducer.contexts(len(shares))
         yield Step(
             number=progress.epoch * sharding.steps + step,
-            divisor=trainer.reducer.divisor(sharding.step_size(step)),
+            weight=weights[sharding.step_size(step)],
             micro_batches=[(*share, context) for share, context in zip(shares, contexts, strict=True)],
         )
 
