@@ -33,10 +33,8 @@ def decode(content: bytes) -> State:
         raise ValueError("its checksum does not match: it is cut short or damaged")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"it holds something other than tensors and plain values: {str(error).splitlines()[0]}"
-        ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise ValueError("it holds something other than tensors and plain values") from None
     if not isinstance(state, dict):
         raise ValueError("it is not a checkpoint of this package")  # noqa: TRY004 - damage, not a wrong call
     return state

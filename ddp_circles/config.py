@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
+import io
 import math
 import re
-import sys
 import tomllib
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -248,11 +249,12 @@ def parse_command_line(arguments: list[str], *, quiet: bool = False) -> Config:
         config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
         """The same fields from a file; flags override it."""
 
-    return tyro.cli(
-        CommandLine,
-        args=arguments,
-        default=CommandLine(base, chosen.recipe, chosen.config),
-        prog=f"python -m {'ddp_circles.train' if 'train' in sys.argv[0] else Path(sys.argv[0]).stem}",
-        console_outputs=not quiet,
-        config=(tyro.conf.AvoidSubcommands,),
-    ).settings
+    silence = io.StringIO()
+    with redirect_stdout(silence) if quiet else nullcontext(), redirect_stderr(silence) if quiet else nullcontext():
+        parsed = tyro.cli(
+            CommandLine,
+            args=arguments,
+            default=CommandLine(base, chosen.recipe, chosen.config),
+            prog="python -m ddp_circles.train",
+        )
+    return parsed.settings

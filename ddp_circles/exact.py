@@ -34,7 +34,7 @@ from ddp_circles.world import World
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 ROW_ELEMENTS = 2**22
-"""Gradients that wait for their rounding, at the most (if one micro-batch has no more): few operations, little memory."""
+"""Gradients that may wait to be rounded together; one micro-batch always may."""
 FAST_AGREES_EVERY = 32
 """Steps between two agreements of the ranks in fast mode."""
 

@@ -1,5 +1,6 @@
 """Stop requests, heartbeats, and who is missing when a collective fails. Imports torch only through its arguments."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,14 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 BEAT_SECONDS = 1.0
-GRACE_SECONDS = 8.0
-"""How long a rank may take to end by itself once the job has failed or its launcher is gone."""
+GRACE_SECONDS = 7.0
+"""How long a rank may take to end by itself once the job has failed."""
 WITNESS_SECONDS = 3.0
 """How long survivors wait for each other's word before they name who gave none."""
 
@@ -47,6 +48,8 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if self._set not in before.values():  # the outermost: a later training in this process starts afresh
+                self._requested = False
 
     def _set(self, number: int, _frame: FrameType | None) -> None:
         if self._requested and number == signal.SIGINT:
@@ -60,18 +63,26 @@ stop_requested = StopRequest()
 """The process's own: signals know no finer scope."""
 
 
+_parents: dict[int, int] = {}
+
+
+def parent_at_start() -> int:
+    """The process that started this one, as it was when this was first called here: it may be gone by now."""
+    return _parents.setdefault(os.getpid(), os.getppid())
+
+
 class Watch:
     """Looks after this rank from a thread of its own.
 
-    Leaves a heartbeat in the store once a second, and ends the process `GRACE_SECONDS` after the launcher died or after
-    the job failed on another rank.
+    Leaves a heartbeat in the store once a second, and ends the process when its launcher is gone, or `GRACE_SECONDS`
+    after the job failed on another rank.
     """
 
     def __init__(self, rank: int, world_size: int, *, launched: bool) -> None:
         self.rank = rank
         self.world_size = world_size
         self._launched = launched
-        self._launcher = os.getppid()
+        self._launcher = parent_at_start()
         self._store: Store | None = None
         self._position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
         self._end = threading.Event()
@@ -104,6 +115,7 @@ class Watch:
         if self._store is None:
             return
         try:
+            self._beat(self._store)
             self._store.set(f"end/{self.rank}", word)
             self._store.set("failed", str(self.rank))
             if linger:
@@ -140,29 +152,36 @@ class Watch:
         where = f"{seen['phase']}, epoch {seen['epoch']}, step {seen['step']}, {age:.0f} s ago"
         return f"rank {rank} (host {seen['host']}) {word + ', ' if word else ''}last seen in {where}"
 
+    def _beat(self, store: "Store") -> None:
+        phase, epoch, step, since = self._position
+        beat = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
+        store.set(f"beat/{self.rank}", json.dumps(beat))
+
     def _run(self) -> None:
         doomed_since: float | None = None
         while not self._end.wait(BEAT_SECONDS):
-            reason = self._doom()
+            if os.getppid() != self._launcher:
+                self._end_process("its launcher is gone")
+            reason = self._beat()
             if reason is None:
                 doomed_since = None
                 continue
             now = time.monotonic()
             doomed_since = doomed_since or now
             if now - doomed_since > GRACE_SECONDS:
-                print(f"rank {self.rank}: {reason}; ending this process", file=sys.stderr, flush=True)
-                os._exit(1)
+                self._end_process(reason)
 
-    def _doom(self) -> str | None:
-        """Why this process should not go on; None if it should. Leaves a heartbeat on the way."""
-        if os.getppid() != self._launcher:
-            return "its launcher is gone"
+    def _end_process(self, reason: str) -> NoReturn:
+        with contextlib.suppress(OSError):  # the launcher's end of the pipe may be gone with it
+            print(f"rank {self.rank}: {reason}; ending this process", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _beat(self) -> str | None:
+        """Leave a heartbeat; returns why this process should not go on, None if it should."""
         if self._store is None:
             return None
-        phase, epoch, step, since = self._position
-        beat = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
         try:
-            self._store.set(f"beat/{self.rank}", json.dumps(beat))
+            self._beat(self._store)
             return "the job failed on another rank" if self._store.check(["failed"]) else None
         except RuntimeError:
             return "the store of the job is gone"

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_circles.config import Config, Fault, UserError, parse_command_line
-from ddp_circles.health import Watch, stop_requested
+from ddp_circles.health import Watch, parent_at_start, stop_requested
 from ddp_circles.world import (
     Ranks,
     World,
     choose_device,
-    fingerprint,
     is_lost_peer,
     open_world,
     pin_threads,
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from ddp_circles.exact import Reducer
     from ddp_circles.metrics import LocalTally, Progress
     from ddp_circles.recorder import Recorder, Written
-    from ddp_circles.run_dir import RunDir
+    from ddp_circles.start import Start
     from ddp_circles.trainer import LossFunction, Step, Trainer
 
 EXIT_BAD_INPUT = 2
@@ -62,6 +61,7 @@ class Result:
 
 def main() -> None:
     """`python -m ddp_circles.train`: parse, train, and leave with the exit code of the contract."""
+    parent_at_start()  # the launcher may die during the slow imports
     with stop_requested.listening():
         sys.exit(_run_command_line(sys.argv[1:]))
 
@@ -74,9 +74,9 @@ def _run_command_line(arguments: list[str]) -> int:
         pin_threads(config.threads)
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        record(fit)(config)
+        return record(_fit_or_refuse)(config, ranks) or 0
     except UserError as error:
-        return _refuse(ranks, str(error))
+        return _refuse(ranks, error)
     except SystemExit as leaving:
         if leaving.code == EXIT_BAD_INPUT and not ranks.is_main:
             _let_rank_0_speak()
@@ -86,12 +86,20 @@ def _run_command_line(arguments: list[str]) -> int:
             label = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
             print("".join(label + line for line in traceback.format_exc().splitlines(keepends=True)), file=sys.stderr)
         return 1
+
+
+def _fit_or_refuse(config: Config, ranks: Ranks) -> int:
+    try:
+        fit(config)
+    except UserError as error:
+        return _refuse(ranks, error)
     return 0
 
 
-def _refuse(ranks: Ranks, message: str) -> int:
+def _refuse(ranks: Ranks, error: UserError) -> int:
+    """Say once, from rank 0, what the user can put right."""
     if ranks.is_main:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         _let_rank_0_speak()
     return EXIT_BAD_INPUT
@@ -147,8 +155,8 @@ def _leave(error: Exception, world: World, watch: Watch) -> None:
         raise SystemExit(0 if ranks.launcher == "torchrun" else EXIT_STOPPED) from None
     if is_lost_peer(error):
         watch.report_end("waited", linger=ranks.serves_store)
-        reason = " ".join(str(error).split())
-        print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason[:200]})", file=sys.stderr, flush=True)
+        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     watch.report_end(f"raised {type(error).__name__}", linger=ranks.serves_store)
     if isinstance(error, OutOfRangeError):
@@ -165,8 +173,16 @@ def _fit_in_world(
     loss: "LossFunction | None",
 ) -> Result:
     from ddp_circles import trainer as loop
+    from ddp_circles.start import open_run
 
-    start = _open_run(config, world)
+    start = open_run(
+        world,
+        run_dir=config.run_dir,
+        resume=config.resume,
+        settings=_settings(config),
+        threads=config.threads,
+        fault_rank=Fault.parse(config.fault).rank if config.fault else None,
+    )
     try:
         bare = _make_model(config, model).to(world.device)
         split = _make_data(config, data, world)
@@ -191,103 +207,8 @@ def _fit_in_world(
             start.run_dir.close()
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What a start of a run finds; the same on all ranks, but for `run_dir`, which rank 0 alone has."""
-
-    path: Path
-    state: dict[str, Any]
-    """The newest good checkpoint; empty for a new run."""
-    finished: bool
-    fingerprint: dict[str, str]
-    run_dir: "RunDir | None"
-
-
-def _open_run(config: Config, world: World) -> _Start:
-    """Rank 0 locks and reads the run directory; all ranks get what it found, or raise the same `UserError`."""
-    from ddp_circles.checkpoint import decode
-
-    marks = _compare_ranks(config, world)
-    found, run_dir, refusal = None, None, None
-    if world.ranks.is_main:
-        try:
-            run_dir, found = _open_as_rank_0(config, world)
-        except UserError as error:
-            refusal = str(error)
-    found, refusal = world.broadcast((found, refusal))
-    if found is None:
-        raise UserError(refusal)
-    path, content, finished = found
-    return _Start(path, decode(content) if content else {}, finished, marks, run_dir)
-
-
-def _open_as_rank_0(config: Config, world: World) -> "tuple[RunDir, tuple[Path, bytes, bool]]":
-    from ddp_circles.checkpoint import Checkpoints, decode
-    from ddp_circles.run_dir import RunDir
-    from ddp_circles.tracking import warn
-
-    run_dir = RunDir(config.run_dir or Path("runs") / _run_name(world))
-    run_dir.open()
-    try:
-        if config.resume == "never":
-            run_dir.clear()
-        checkpoints = Checkpoints(run_dir.checkpoints)
-        checkpoints.sweep()
-        content, warnings = checkpoints.load_newest()
-        for warning in warnings:
-            warn(warning)
-        if content:
-            _check_same_run(config, decode(content), run_dir.path)
-        elif config.resume == "must":
-            raise UserError(f"--resume must: there is no checkpoint in {run_dir.checkpoints}")
-        elif config.fault and Fault.parse(config.fault).rank >= world.ranks.world_size:
-            raise UserError(f"--fault {config.fault} names a rank outside this world of {world.ranks.world_size}")
-    except UserError:
-        run_dir.close()
-        raise
-    return run_dir, (run_dir.path, content, run_dir.status == "finished")
-
-
-def _run_name(world: World) -> str:
-    """The launcher's name of the run; else the time at which it was first started, kept over restarts."""
-    ranks = world.ranks
-    if ranks.job_id is not None:
-        return ranks.job_id
-    if ranks.restarts and not ranks.store_is_the_agents:
-        raise UserError("a restarted run needs a name that lasts: give --run-dir, or --rdzv-id to torchrun")
-    return world.agree_on_first(time.strftime("%Y%m%d-%H%M%S"))
-
-
-def _check_same_run(config: Config, state: dict[str, Any], path: Path) -> None:
-    """Refuse to continue what was begun with other settings."""
-    before, now = state["config"], _compared(config)
-    changed = [
-        f"--{name.replace('_', '-')} ({before[name]!r} there, {value!r} here)"
-        for name, value in now.items()
-        if before[name] != value
-    ]
-    if changed:
-        raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. Choose another --run-dir")
-
-
-def _compared(config: Config) -> dict[str, Any]:
+def _settings(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in COMPARED_FIELDS}
-
-
-def _compare_ranks(config: Config, world: World) -> dict[str, str]:
-    """This rank's fingerprint; a mix is warned about, since then the same bits cannot be promised."""
-    from ddp_circles.tracking import warn
-
-    marks = fingerprint(world.device, config.threads)
-    everyone = world.gather(marks)
-    if world.ranks.is_main:
-        for name in marks:
-            if len(kinds := sorted({other[name] for other in everyone})) > 1:
-                warn(f"the ranks differ in {name} ({', '.join(kinds)}): the same bits are not promised")
-        idle = world.ranks.world_size - config.micro_batches
-        if config.reduction == "exact" and idle > 0:
-            warn(f"{idle} ranks have nothing to compute: --micro-batches {config.micro_batches} feeds no more")
-    return marks
 
 
 def _make_data(config: Config, data: "Split | None", world: World) -> "Split":
@@ -330,7 +251,7 @@ def _wire(
     config: Config,
     world: World,
     watch: Watch,
-    start: _Start,
+    start: "Start",
     bare: "nn.Module",
     split: "Split",
     loss: "LossFunction",
@@ -374,11 +295,15 @@ def _replicate(config: Config, world: World, bare: "nn.Module", tally: "LocalTal
     from torch.nn.parallel import DistributedDataParallel
 
     from ddp_circles.exact import ExactReducer, FastReducer
+    from ddp_circles.tracking import warn
 
     alone = world.ranks.world_size == 1
     replica = bare if alone else DistributedDataParallel(bare, gradient_as_bucket_view=True)
     if config.reduction == "fast":
         return replica, FastReducer(world=world, tally=tally, stop_requested=stop_requested)
+    idle = world.ranks.world_size - config.micro_batches
+    if idle > 0 and world.ranks.is_main:
+        warn(f"{idle} ranks have nothing to compute: --micro-batches {config.micro_batches} feeds no more")
     reducer = ExactReducer(
         bare,
         streams=config.micro_batches,
@@ -401,7 +326,7 @@ def _make_optimizer(config: Config, model: "nn.Module") -> "Optimizer":
 
 
 def _open_records(
-    config: Config, world: World, start: _Start, bare: "nn.Module", optimizer: "Optimizer"
+    config: Config, world: World, start: "Start", bare: "nn.Module", optimizer: "Optimizer"
 ) -> "Written | None":
     """Open what rank 0 writes to; None on the other ranks."""
     if start.run_dir is None:
@@ -432,7 +357,7 @@ def _open_records(
         snapshot=lambda: {
             "model": bare.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "config": _compared(config),
+            "settings": _settings(config),
             "fingerprint": start.fingerprint,
             "tracking_id": tracking_id,
         },
@@ -440,7 +365,7 @@ def _open_records(
 
 
 def _fault_wrapper(
-    config: Config, world: World, start: _Start, bare: "nn.Module"
+    config: Config, world: World, start: "Start", bare: "nn.Module"
 ) -> "Callable[[Iterator[Step]], Iterator[Step]]":
     """What `--fault` puts around the steps of its rank; elsewhere nothing."""
     fault = Fault.parse(config.fault) if config.fault else None
@@ -451,7 +376,7 @@ def _fault_wrapper(
     return lambda steps: with_fault(steps, fault, start.path / "fault", bare)
 
 
-def _restore(start: _Start, trainer: "Trainer") -> "Progress":
+def _restore(start: "Start", trainer: "Trainer") -> "Progress":
     """Put the checkpoint's state back, and return where it leaves the run."""
     from ddp_circles.metrics import Progress, Tally
     from ddp_circles.tracking import warn
@@ -469,7 +394,7 @@ def _restore(start: _Start, trainer: "Trainer") -> "Progress":
     return Progress(state["epoch"], state["step"], Tally(*state["train"]))
 
 
-def _announce(world: World, start: _Start, step: int) -> None:
+def _announce(world: World, start: "Start", step: int) -> None:
     begun = f"continue after step {step}" if start.state else "start"
     _say(world, f"{begun}: {world.describe()}, run directory {start.path}")
 
@@ -480,7 +405,7 @@ def _say(world: World, message: str) -> None:
 
 
 @contextmanager
-def _status_kept(world: World, start: _Start, recorder: "Recorder[Step]", progress: "Progress") -> Iterator[None]:
+def _status_kept(world: World, start: "Start", recorder: "Recorder[Step]", progress: "Progress") -> Iterator[None]:
     """Keep the file `status` true while the run is on, and end its tracking."""
     from ddp_circles.trainer import StopRequestedError
 
@@ -511,7 +436,7 @@ def _command(world: World, path: Path) -> str:
 
 
 def _summary(
-    config: Config, world: World, start: _Start, recorder: "Recorder[Step]", progress: "Progress", samples: int
+    config: Config, world: World, start: "Start", recorder: "Recorder[Step]", progress: "Progress", samples: int
 ) -> dict[str, Any]:
     """What summary.json says beside the last epoch's figures."""
     import torch
@@ -534,7 +459,7 @@ def _summary(
     }
 
 
-def _draw(config: Config, bare: "nn.Module", split: "Split", start: _Start, folder: Path) -> list[Path]:
+def _draw(config: Config, bare: "nn.Module", split: "Split", start: "Start", folder: Path) -> list[Path]:
     """Draw the pictures of a finished run into `folder`; rank 0 alone calls this."""
     assert start.run_dir is not None
     if not config.plots:

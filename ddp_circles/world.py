@@ -294,7 +294,7 @@ def fingerprint(device: "torch.device", threads: int) -> dict[str, str]:
 
     on_cuda = device.type == "cuda"
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
         "instruction_set": "" if on_cuda else torch.backends.cpu.get_cpu_capability(),
         "mkl_cbwr": os.environ.get("MKL_CBWR", ""),

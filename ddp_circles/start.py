@@ -1,0 +1,103 @@
+"""How a run starts: the ranks compared, the run directory locked, the newest good checkpoint read and handed round."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddp_circles.checkpoint import Checkpoints, decode
+from ddp_circles.config import UserError
+from ddp_circles.run_dir import RunDir
+from ddp_circles.tracking import warn
+from ddp_circles.world import World, fingerprint
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start of a run finds; the same on all ranks, but for `run_dir`, which rank 0 alone has."""
+
+    path: Path
+    state: dict[str, Any]
+    """The newest good checkpoint; empty for a new run."""
+    finished: bool
+    """Whether the run directory says that the run is finished."""
+    fingerprint: dict[str, str]
+    """What this rank's bits depend on besides the configuration."""
+    run_dir: RunDir | None
+
+
+def open_run(
+    world: World, *, run_dir: Path | None, resume: str, settings: dict[str, Any], threads: int, fault_rank: int | None
+) -> Start:
+    """Rank 0 locks and reads the run directory; all ranks get what it found, or raise the same `UserError`.
+
+    `settings`: what a run cannot change when it is continued, by name. `fault_rank`: must be a rank of this world when
+    the run is new.
+    """
+    marks = _compare_ranks(world, threads)
+    opened, found, refusal = None, None, None
+    if world.ranks.is_main:
+        try:
+            opened = RunDir(run_dir or Path("runs") / _run_name(world))
+            opened.open()
+            found = _read(opened, resume, settings, world.ranks.world_size, fault_rank)
+        except UserError as error:
+            refusal = str(error)
+    path, found, refusal = world.broadcast((opened and opened.path, found, refusal))
+    if found is None:
+        if opened is not None:
+            opened.close()
+        raise UserError(refusal)
+    content, finished = found
+    return Start(path, decode(content) if content else {}, finished, marks, opened)
+
+
+def _read(
+    run_dir: RunDir, resume: str, settings: dict[str, Any], world_size: int, fault_rank: int | None
+) -> tuple[bytes, bool]:
+    """The newest good checkpoint's bytes, and whether the run is finished."""
+    if resume == "never":
+        run_dir.clear()
+    checkpoints = Checkpoints(run_dir.checkpoints)
+    checkpoints.sweep()
+    content, warnings = checkpoints.load_newest()
+    for warning in warnings:
+        warn(warning)
+    if content:
+        _check_same_run(settings, decode(content)["settings"], run_dir.path)
+    elif resume == "must":
+        raise UserError(f"--resume must: there is no checkpoint in {run_dir.checkpoints}")
+    elif fault_rank is not None and fault_rank >= world_size:
+        raise UserError(f"--fault names rank {fault_rank}, and this world has {world_size} ranks, counted from 0")
+    return content, run_dir.status == "finished"
+
+
+def _run_name(world: World) -> str:
+    """The launcher's name of the run; else the time at which it was first started, kept over restarts."""
+    ranks = world.ranks
+    if ranks.job_id is not None:
+        return ranks.job_id
+    if ranks.restarts and not ranks.store_is_the_agents:
+        raise UserError("a restarted run needs a name that lasts: give --run-dir, or --rdzv-id to torchrun")
+    return world.agree_on_first(time.strftime("%Y%m%d-%H%M%S"))
+
+
+def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
+    """Refuse to continue what was begun with other settings."""
+    changed = [
+        f"--{name.replace('_', '-')} ({before[name]!r} there, {value!r} here)"
+        for name, value in now.items()
+        if before[name] != value
+    ]
+    if changed:
+        raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. Choose another --run-dir")
+
+
+def _compare_ranks(world: World, threads: int) -> dict[str, str]:
+    """This rank's fingerprint; a mix is warned about, since then the same bits cannot be promised."""
+    marks = fingerprint(world.device, threads)
+    everyone = world.gather(marks)
+    for name in marks if world.ranks.is_main else ():
+        if len(kinds := sorted({other[name] for other in everyone})) > 1:
+            warn(f"the ranks differ in {name} ({', '.join(kinds)}): the same bits are not promised")
+    return marks
