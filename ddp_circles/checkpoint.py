@@ -2,14 +2,13 @@
 
 import hashlib
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ddp_circles.config import UserError
-from ddp_circles.files import write_atomically
+from ddp_circles.files import sweep, write_atomically
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 KEEP = 3
@@ -33,7 +32,7 @@ def decode(content: bytes) -> State:
         raise ValueError("its checksum does not match: it is cut short or damaged")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
+    except Exception:  # what unpickling a stranger's bytes raises is not bounded
         raise ValueError("it holds something other than tensors and plain values") from None
     if not isinstance(state, dict):
         raise ValueError("it is not a checkpoint of this package")  # noqa: TRY004 - damage, not a wrong call
@@ -81,5 +80,4 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove what a killed write left behind."""
-        for leftover in self.folder.glob(".step-*"):
-            leftover.unlink()
+        sweep(self.folder)

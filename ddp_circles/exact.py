@@ -42,7 +42,7 @@ FAST_AGREES_EVERY = 32
 def be_deterministic() -> None:
     """Choose deterministic kernels and full float32 products, for the whole process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -64,6 +64,8 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise UserError(f"--reduction exact trains float32 parameters; {name} is {parameter.dtype}: use fast")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("the model has no parameter that requires a gradient: there is nothing to train")
 
 
 class Reducer(Protocol):
@@ -118,14 +120,14 @@ class ExactReducer:
         self._flag = torch.tensor([[0], [1]], device=device)
         self._sums = torch.zeros(4, dtype=torch.int64, device=device)
         self._replica: DistributedDataParallel | None = None
+        self._reduced = False
         self._accumulate = _Accumulate(self)
-        self._reduce: AbstractContextManager[object] = _Reduce(self)
+        self._reduce = _Reduce(self)
 
     def attach(self, replica: DistributedDataParallel) -> None:
         """Become the communication hook of `replica`, which wraps the module given at the start."""
         replica.register_comm_hook(self, exact_sum_hook)
         self._replica = replica
-        self._reduce = nullcontext()
 
     def contexts(self, count: int) -> list[AbstractContextManager[object]]:
         """See `Reducer`: all but the last micro-batch stay on the rank."""
@@ -149,7 +151,7 @@ class ExactReducer:
         for name, parameter in self._named:
             gradient = parameter.grad
             if gradient is None:
-                raise ValueError(f"parameter {name!r} got no gradient: every parameter must take part in the loss")
+                raise ValueError(self._without_gradient(name))
             pieces.append(gradient.reshape(-1))
             parameter.grad = None
         torch.cat(pieces, out=self._row_views[self._filled])
@@ -158,7 +160,20 @@ class ExactReducer:
             self._add_rows()
 
     def finish(self) -> None:
-        """At world one: the rank's integers are the sum; give it to the parameters as their gradients."""
+        """End a step's last backward pass: with the hook's sums in place; at world one, with the rank's own."""
+        if self._replica is None:
+            self._deliver_own()
+        elif not self._reduced:  # DDP waits for the missing gradient, and says so only in the next step
+            missing = [name for name, parameter in self._named if parameter.grad is None]
+            raise ValueError(self._without_gradient(*missing))
+        self._reduced = False
+
+    @staticmethod
+    def _without_gradient(*names: str) -> str:
+        return f"no gradient for {', '.join(map(repr, names))}: every parameter must take part in the loss"
+
+    def _deliver_own(self) -> None:
+        """The rank's integers are the sum; give it to the parameters as their gradients."""
         self.accumulate()
         self._add_rows()
         assert self._integers is not None
@@ -181,6 +196,7 @@ class ExactReducer:
         size = local.numel()
         if is_last:
             self._integers = None
+            self._reduced = True
             local = torch.cat([local, self._extras()])
 
         def deliver(summed: Future[list[Tensor]]) -> Tensor:
@@ -237,7 +253,7 @@ class _Accumulate:
 
 
 class _Reduce:
-    """The context of a step's last micro-batch at world one, where no DDP hook is called."""
+    """The context of a step's last micro-batch."""
 
     def __init__(self, reducer: ExactReducer) -> None:
         self._reducer = reducer
@@ -255,17 +271,20 @@ class _Reduce:
 class FastReducer:
     """Plain DDP: one micro-batch per rank, the backend's own all-reduce, no promise about the last bits.
 
-    The ranks agree on metrics and stop requests every `FAST_AGREES_EVERY` steps and after an epoch's last.
+    The ranks agree on metrics and stop requests every `FAST_AGREES_EVERY` steps and after an epoch's last. `model`: the
+    bare module.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         *,
         world: World,
         tally: LocalTally,
         stop_requested: Callable[[], bool],
     ) -> None:
         self.streams = world.ranks.world_size
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._world = world
         self._tally = tally
         self._stop_requested = stop_requested
@@ -284,4 +303,7 @@ class FastReducer:
         if not last and (step + 1) % FAST_AGREES_EVERY:
             return None
         sums = self._tally.take(self.streams * FAST_AGREES_EVERY)
+        # What an earlier step spoiled shows in the losses by now; this step's update may be about to be saved.
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        sums[2] += torch.stack([gradient.isfinite().all() for gradient in gradients]).logical_not().sum()
         return self._world.sum(torch.cat([sums, self._flag[int(self._stop_requested())]]))

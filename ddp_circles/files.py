@@ -4,13 +4,15 @@ import os
 import tempfile
 from pathlib import Path
 
+SUFFIX = ".partial"
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` so that a reader, or a power cut, sees the old file or the new one.
 
     Raises `OSError` with `path` untouched and no temporary file left.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -22,6 +24,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writes that were killed left behind in `folder`."""
+    for leftover in folder.glob(f".*{SUFFIX}"):
+        leftover.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

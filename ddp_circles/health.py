@@ -162,7 +162,7 @@ class Watch:
         while not self._end.wait(BEAT_SECONDS):
             if os.getppid() != self._launcher:
                 self._end_process("its launcher is gone")
-            reason = self._beat()
+            reason = self._doom()
             if reason is None:
                 doomed_since = None
                 continue
@@ -176,7 +176,7 @@ class Watch:
             print(f"rank {self.rank}: {reason}; ending this process", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def _beat(self) -> str | None:
+    def _doom(self) -> str | None:
         """Leave a heartbeat; returns why this process should not go on, None if it should."""
         if self._store is None:
             return None

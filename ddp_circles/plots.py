@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from ddp_circles.data import Dataset, Split
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#333333")
-"""Okabe and Ito's palette, which people with any kind of colour vision can tell apart; a class also has its marker."""
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#7A1F3D", "#56B4E9", "#D55E00", "#F0E442", "#333333")
+"""Told apart with any kind of colour vision: Okabe and Ito's, but a darker purple, which is farther from the green."""
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "p", "*")
 INK = "#222222"
 LEGEND_COLUMNS = 6
@@ -63,14 +63,15 @@ def draw_decision_boundary(model: "nn.Module", split: "Split", path: Path) -> No
     """
     import torch
 
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode(), _style():
             figure = _boundary_figure(model, split)
             _save(figure, path)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def draw_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:

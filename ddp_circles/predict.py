@@ -90,9 +90,9 @@ def _answer(arguments: list[str]) -> str:
         raise UserError("give exactly one of --points, --csv and --show")
     if (chosen.csv is None) != (chosen.out is None):
         raise UserError("--csv IN.csv and --out OUT.csv belong together")
+    config, model = load_model(chosen.run_dir)
     import torch
 
-    config, model = load_model(chosen.run_dir)
     torch.set_num_threads(config.threads)
     if chosen.show is not None:
         return show_test_points(config, model, chosen.show)

@@ -60,6 +60,7 @@ class Recorder(Generic[StepT]):
         self._saved_step = 0
         self._seen_before = 0
         self._epoch = 0
+        self._training = False
         self._epoch_train_seconds = 0.0
 
     def global_step(self, progress: Progress) -> int:
@@ -67,8 +68,11 @@ class Recorder(Generic[StepT]):
         return progress.epoch * self._steps_per_epoch + progress.step
 
     def wrap_steps(self, steps: Iterator[StepT]) -> Iterator[StepT]:
-        """Leave a heartbeat before each step."""
-        for step in self._wrap(steps):
+        """Leave a heartbeat before each step, and before what is to happen in it."""
+        return self._wrap(self._marked(steps))
+
+    def _marked(self, steps: Iterator[StepT]) -> Iterator[StepT]:
+        for step in steps:
             self._watch.mark("train", self._epoch, step.number)
             yield step
 
@@ -79,7 +83,8 @@ class Recorder(Generic[StepT]):
     def phase(self, name: str, progress: Progress) -> None:
         """Note that `train` or `evaluate` begins."""
         now = time.monotonic()
-        if name == "train":
+        self._training = name == "train"
+        if self._training:
             self._epoch, self._seen_before, self._started = progress.epoch, progress.train.count, now
         else:
             self._epoch_train_seconds = now - self._phase_started
@@ -135,7 +140,7 @@ class Recorder(Generic[StepT]):
             "global_step": step,
             "train": list(astuple(progress.train)),
             "metrics": self.metrics,
-            "train_seconds": self.train_seconds,
+            "train_seconds": self.train_seconds + self._training * (time.monotonic() - self._phase_started),
         }
         Checkpoints(written.run_dir.checkpoints).save(state, step)
         self._saved_at, self._saved_step = time.monotonic(), step

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from ddp_circles.config import UserError
-from ddp_circles.files import write_atomically
+from ddp_circles.files import sweep, write_atomically
 
 Status = Literal["running", "stopped", "finished", "failed"]
 LOCK_WAIT_SECONDS = 20.0
@@ -38,9 +38,10 @@ class RunDir:
                 raise PermissionError("no permission to write")
             self._lock.acquire(timeout=LOCK_WAIT_SECONDS)
             self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            sweep(self.path)
         except Timeout:
             raise UserError(
-                f"--run-dir {self.path} is in use by {self._holder.read_text()}: wait for it, or choose another"
+                f"--run-dir {self.path} is in use by {self._read_holder()}: wait for it, or choose another"
             ) from None
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None
@@ -52,6 +53,12 @@ class RunDir:
     @property
     def _holder(self) -> Path:
         return self.path / ".lock.holder"
+
+    def _read_holder(self) -> str:
+        try:
+            return self._holder.read_text()
+        except OSError:  # it has the lock and has not said yet who it is
+            return "another process"
 
     @property
     def status(self) -> str | None:
@@ -75,7 +82,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Forget an earlier run, so that a new one starts from nothing."""
+        for checkpoint in sorted(self.checkpoints.iterdir(), reverse=True):
+            checkpoint.unlink()
         for stale in (self.metrics, self.model, self.path / "summary.json", self.path / "fault"):
             stale.unlink(missing_ok=True)
-        for checkpoint in self.checkpoints.iterdir():
-            checkpoint.unlink()

@@ -40,7 +40,7 @@ def open_run(
         try:
             opened = RunDir(run_dir or Path("runs") / _run_name(world))
             opened.open()
-            found = _read(opened, resume, settings, world.ranks.world_size, fault_rank)
+            found = _read(world, opened, resume, settings, fault_rank)
         except UserError as error:
             refusal = str(error)
     path, found, refusal = world.broadcast((opened and opened.path, found, refusal))
@@ -53,10 +53,10 @@ def open_run(
 
 
 def _read(
-    run_dir: RunDir, resume: str, settings: dict[str, Any], world_size: int, fault_rank: int | None
+    world: World, run_dir: RunDir, resume: str, settings: dict[str, Any], fault_rank: int | None
 ) -> tuple[bytes, bool]:
     """The newest good checkpoint's bytes, and whether the run is finished."""
-    if resume == "never":
+    if resume == "never" and not world.ranks.restarts:  # a restart goes on with what this very start began
         run_dir.clear()
     checkpoints = Checkpoints(run_dir.checkpoints)
     checkpoints.sweep()
@@ -67,8 +67,10 @@ def _read(
         _check_same_run(settings, decode(content)["settings"], run_dir.path)
     elif resume == "must":
         raise UserError(f"--resume must: there is no checkpoint in {run_dir.checkpoints}")
-    elif fault_rank is not None and fault_rank >= world_size:
-        raise UserError(f"--fault names rank {fault_rank}, and this world has {world_size} ranks, counted from 0")
+    elif fault_rank is not None and fault_rank >= world.ranks.world_size:
+        raise UserError(
+            f"--fault names rank {fault_rank}, and this world has {world.ranks.world_size} ranks, counted from 0"
+        )
     return content, run_dir.status == "finished"
 
 

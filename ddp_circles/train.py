@@ -300,7 +300,7 @@ def _replicate(config: Config, world: World, bare: "nn.Module", tally: "LocalTal
     alone = world.ranks.world_size == 1
     replica = bare if alone else DistributedDataParallel(bare, gradient_as_bucket_view=True)
     if config.reduction == "fast":
-        return replica, FastReducer(world=world, tally=tally, stop_requested=stop_requested)
+        return replica, FastReducer(bare, world=world, tally=tally, stop_requested=stop_requested)
     idle = world.ranks.world_size - config.micro_batches
     if idle > 0 and world.ranks.is_main:
         warn(f"{idle} ranks have nothing to compute: --micro-batches {config.micro_batches} feeds no more")
@@ -431,6 +431,8 @@ def _command(world: World, path: Path) -> str:
         command = f"torchrun {nodes}--nproc_per_node={ranks.local_world_size} {shlex.join(arguments)}"
     else:
         command = shlex.join(words)
+    if any(word.removeprefix("--resume=") == "never" for word in words):
+        command += " --resume auto"  # the later flag counts
     given = any(word.split("=")[0] in ("--run-dir", "--run_dir") for word in words)
     return command if given else f"{command} --run-dir {shlex.quote(str(path))}"
 

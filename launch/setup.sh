@@ -1,6 +1,6 @@
 # Sourced by the launch scripts: make the virtual environment where it is missing or out of date, and enter it.
 # shellcheck shell=bash
-project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+project=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export VIRTUAL_ENV="$project/.venv" PATH="$project/.venv/bin:$PATH"
 
 install_environment() (

@@ -1,4 +1,4 @@
-"""What the fork server of `ranks.py` imports once, so that the ranks need not."""
+"""What the fork server of `tests.ranks` imports once, so that the ranks need not."""
 
 import filelock  # noqa: F401
 import safetensors.torch  # noqa: F401
