@@ -49,7 +49,7 @@ def make_split(
     stored. Source: scikit-learn's `make_circles`, `make_moons`, `make_blobs` and `train_test_split`, called as in the
     tutorial's notebook.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         "dataset": dataset,
         "n_samples": n_samples,
         "noise": noise,

@@ -346,7 +346,7 @@ def _open_records(
                 run_id=tracking_id,
                 config=dataclasses.asdict(config) | {"world_size": world.ranks.world_size},
                 folder=start.run_dir.path,
-                logged_through=lines.logged_through,
+                earlier=tracking.read_rows(start.run_dir.metrics),
             )
         )
     return Written(
