@@ -12,7 +12,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-SEED_LIMIT = 2**32
+# Far beyond any use; what is larger would end in some library's traceback instead of one clear message.
+MOST_SAMPLES = 2**31 - 1
+MOST_MICRO_BATCHES = 2**16
+MOST_THREADS = 1024
+WIDEST = 2**16
+LONGEST_TIMEOUT = 10**8
 FAULT_KINDS = ("kill", "raise", "stall", "nan")
 
 
@@ -39,7 +44,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run depends on. A value out of range raises `UserError` naming the flag."""
+    """Everything a run depends on."""
 
     dataset: Literal["circles", "moons", "blobs"] = "circles"
     """Which points to classify."""
@@ -78,7 +83,7 @@ class Config:
     run_dir: Path | None = None
     """Folder of the results; default: runs/<id of the launch, of the Slurm job, or time stamp>."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue what is in the run directory; never: refuse it; must: refuse an empty one."""
+    """auto: continue what is in the run directory; never: discard it; must: refuse to begin anew."""
     checkpoint_seconds: float = 30.0
     """Save when so much time has passed since the last checkpoint."""
     checkpoint_steps: int = 0
@@ -99,6 +104,7 @@ class Config:
     """Seconds that a collective may take."""
 
     def __post_init__(self) -> None:
+        """Raise `UserError`, naming the flag, for a value of the wrong type or out of range."""
         _check_types(self)
         _check_ranges(self)
 
@@ -169,27 +175,27 @@ def _check_ranges(config: Config) -> None:
         if not holds:
             raise UserError(f"{_flag(field)} must be {expected}, got {getattr(config, field)!r}")
 
-    def whole(field: str, least: int) -> None:
-        require(getattr(config, field) >= least, field, f"{least} or more")
-
-    def positive(field: str) -> None:
-        require(0 < getattr(config, field) < math.inf, field, "a finite number above 0")
+    def whole(field: str, least: int, most: float = math.inf) -> None:
+        expected = f"{least} or more" if most == math.inf else f"between {least} and {most}"
+        require(least <= getattr(config, field) <= most, field, expected)
 
     for field in ("epochs", "batch_size", "checkpoint_steps"):
         whole(field, 0)
-    for field in ("micro_batches", "log_every", "threads"):
-        whole(field, 1)
-    for field in ("lr", "timeout", "checkpoint_seconds"):
-        positive(field)
     for field in ("seed", "data_seed"):
-        require(0 <= getattr(config, field) < SEED_LIMIT, field, f"between 0 and {SEED_LIMIT - 1}")
-    require(config.n_samples >= 2, "n_samples", "2 or more")
+        whole(field, 0, 2**32 - 1)
+    whole("log_every", 1)
+    whole("n_samples", 2, MOST_SAMPLES)
+    whole("micro_batches", 1, MOST_MICRO_BATCHES)
+    whole("threads", 1, MOST_THREADS)
+    for field in ("lr", "checkpoint_seconds"):
+        require(0 < getattr(config, field) < math.inf, field, "a finite number above 0")
+    require(0 < config.timeout <= LONGEST_TIMEOUT, "timeout", f"above 0 and at most {LONGEST_TIMEOUT}")
     require(0 <= config.noise < math.inf, "noise", "a finite number, 0 or more")
     require(0 <= config.factor < 1, "factor", "at least 0 and below 1")
     require(0 < config.test_fraction < 1, "test_fraction", "between 0 and 1, both excluded")
     tested = math.ceil(config.n_samples * config.test_fraction)
     require(1 <= tested < config.n_samples, "test_fraction", "such that both parts have a sample")
-    require(all(width >= 1 for width in config.hidden), "hidden", "1 or more in each layer")
+    require(all(1 <= width <= WIDEST for width in config.hidden), "hidden", f"between 1 and {WIDEST} in each layer")
     require(config.wandb_project.strip() != "", "wandb_project", "a name")
     if config.fault is not None:
         Fault.parse(config.fault)

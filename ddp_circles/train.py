@@ -57,6 +57,8 @@ class Result:
     metrics: dict[str, float]
     """The last line of metrics.jsonl."""
     run_dir: Path
+    is_main: bool
+    """Whether this is rank 0, the one that should speak."""
 
 
 def main() -> None:
@@ -201,7 +203,7 @@ def _fit_in_world(
                     summary=_summary(config, world, start, recorder, progress, len(split.train.inputs)),
                     draw=lambda folder: _draw(config, bare, split, start, folder),
                 )
-        return Result(bare, recorder.metrics, start.path)
+        return Result(bare, recorder.metrics, start.path, world.ranks.is_main)
     finally:
         if start.run_dir is not None:
             start.run_dir.close()

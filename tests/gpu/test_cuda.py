@@ -1,0 +1,34 @@
+"""The promise on CUDA: one rank, and several that share the device, arrive at the same bits."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import train_on
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+FLAGS = ("--device", "cuda", "--backend", "gloo", "--wandb", "disabled", "--no-plots")
+
+
+def weights_on(size: int, folder: Path, *flags: object) -> str:
+    outcomes = train_on(size, "--run-dir", folder, *FLAGS, *flags, timeout=240)
+    assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("flags", [(), ("--n-samples", 613, "--batch-size", 37), ("--recipe", "model_4")])
+def test_same_bits_on_one_device(tmp_path: Path, flags: tuple[object, ...]) -> None:
+    alone = weights_on(1, tmp_path / "1", "--epochs", 5, *flags)
+    assert {weights_on(size, tmp_path / str(size), "--epochs", 5, *flags) for size in (2, 4)} == {alone}
+
+
+@pytest.mark.timeout(300)
+def test_divergence_is_noticed_though_it_is_read_late(tmp_path: Path) -> None:
+    outcomes = train_on(2, "--run-dir", tmp_path, *FLAGS, "--fault", "nan@1:20", timeout=200)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.code == 1
+        assert f"rank {rank}: in step 20" in outcome.output

@@ -1,0 +1,64 @@
+"""What the README says of flags, files and tests is so."""
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ddp_circles.config import Config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "slurm/README.md", ROOT / "benchmarks/README.md"]
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the first table after `heading`, as cells."""
+    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_every_option_is_documented_with_its_default() -> None:
+    documented = {row[0].split("`")[1].removeprefix("--"): row[-1] for row in table("Options")}
+    fields = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(Config)}
+    assert set(documented) == set(fields) | {"recipe", "config"}
+    for flag, default in fields.items():
+        words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        shown = {"None": "", "True": "on"}.get(words, words.removesuffix(".0"))
+        assert documented[flag].strip("`").startswith(shown), flag
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    rows = table("What it promises, and the test that proves it")
+    assert rows
+    for promise, tests in rows:
+        named = re.findall(r"\((tests/[\w/.]+)\)", tests)
+        assert named, promise
+        for path in named:
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)\)", document.read_text()):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+def test_the_file_tree_is_complete() -> None:
+    section = README.split("\n## The files\n", 1)[1].split("\n## ", 1)[0]
+    listed = set(re.findall(r"^ +(\w+\.py)\b", section, re.MULTILINE))
+    assert listed == {path.name for path in (ROOT / "ddp_circles").glob("*.py") if path.name != "__init__.py"}
+
+
+def test_the_loop_shown_is_the_loop_run() -> None:
+    section = README.split("\n## The five steps\n", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    assert section in (ROOT / "ddp_circles/trainer.py").read_text()
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    tracked = subprocess.run(["git", "grep", "-lE", "@@[A-Z]+@@", "--", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    assert not tracked.stdout
