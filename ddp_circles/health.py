@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 7.0
 """How long a rank may take to end by itself once the job has failed."""
-WITNESS_SECONDS = 3.0
+WITNESS_SECONDS = 5.0
 """How long survivors wait for each other's word before they name who gave none."""
 
 

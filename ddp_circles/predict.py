@@ -7,13 +7,13 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, NamedTuple
 
 from ddp_circles.config import Config, UserError, read_toml
-from ddp_circles.files import flush_folder
+from ddp_circles.files import SUFFIX, flush_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,6 +26,7 @@ LARGEST = (2 - 2.0**-23) * 2.0**127
 BLOCK_BYTES = 1 << 18
 """How much of a CSV file is read at once: memory does not grow with the file."""
 LONGEST_LINE = 1 << 16
+TOO_LONG = f"longer than {LONGEST_LINE} characters"
 NUMBER = "%.9g"
 """Nine digits: enough to read back the same float32."""
 
@@ -211,10 +212,10 @@ def predict_csv(model: "nn.Module", source: Path, target: Path, *, block_bytes: 
     import torch
 
     target = target.resolve()
-    if target.exists() and (not target.is_file() or (source.exists() and target.samefile(source))):
-        raise UserError(f"--out {target} must be a file, and another than --csv {source}")
     count = 0
     try:
+        if target.exists() and (not target.is_file() or (source.exists() and target.samefile(source))):
+            raise UserError(f"--out {target} must be a file, and another than --csv {source}")
         with _opened(source) as file, _replacing(target) as out:
             first = _first_line(file, source)
             header = _header(first)
@@ -251,7 +252,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[str]]:
     """A text file that takes the place of `path` if all goes well, and vanishes if not."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
     try:
         with temporary.open("x", encoding="utf-8", errors="surrogateescape", newline="") as file:
             yield file
@@ -269,7 +270,7 @@ def _first_line(file: IO[bytes], source: Path) -> bytes:
     if not first:
         raise UserError(f"--csv {source} is empty")
     if len(first) > LONGEST_LINE:
-        raise _bad_line(source, 1, f"longer than {LONGEST_LINE} bytes")
+        raise _bad_line(source, 1, TOO_LONG)
     return first.removeprefix(codecs.BOM_UTF8)
 
 
@@ -293,7 +294,7 @@ def _blocks(
             yield number, lines
             number += len(lines)
         if len(rest) > LONGEST_LINE:
-            raise _bad_line(source, number, f"longer than {LONGEST_LINE} bytes")
+            raise _bad_line(source, number, TOO_LONG)
     if rest:
         yield number, _decode(rest).removesuffix("\n").split("\n")
 
@@ -321,10 +322,10 @@ def _parse(lines: list[str], source: Path, number: int) -> "tuple[list[str], Ten
 
     Raises `UserError` for the first line that is not two finite numbers.
     """
-    try:
-        return _points(list(csv.reader(lines, strict=True)), len(lines))
-    except (csv.Error, ValueError):  # line by line, to find out which, and in case a quoted field held a line's end
-        return _points([_row(line, source, at) for at, line in enumerate(lines, number)], len(lines))
+    if max(map(len, lines)) <= LONGEST_LINE:
+        with suppress(csv.Error, ValueError):
+            return _points(list(csv.reader(lines, strict=True)), len(lines))
+    return _points([_row(line, source, at) for at, line in enumerate(lines, number)], len(lines))
 
 
 def _points(rows: list[list[str]], count: int) -> "tuple[list[str], Tensor]":
@@ -341,6 +342,8 @@ def _points(rows: list[list[str]], count: int) -> "tuple[list[str], Tensor]":
 
 
 def _row(line: str, source: Path, number: int) -> list[str]:
+    if len(line) > LONGEST_LINE:
+        raise _bad_line(source, number, TOO_LONG)
     try:
         row = next(csv.reader([line], strict=True), [])
         _coordinates(row)

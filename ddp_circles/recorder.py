@@ -184,8 +184,8 @@ class Recorder(Generic[StepT]):
         summary = dict(self.metrics) | {"weights_sha256": digest} | summary
         run_dir.write_summary(summary)
         pictures = draw(run_dir.plots)
-        self._written.trackers.finish(summary, [*pictures, run_dir.model])
         run_dir.set_status("finished")
+        self._written.trackers.finish(summary, [*pictures, run_dir.model])
 
 
 def write_model(path: Path, state: dict[str, Tensor]) -> str:

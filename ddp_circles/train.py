@@ -415,6 +415,7 @@ def _status_kept(world: World, start: "Start", recorder: "Recorder[Step]", progr
         yield
     except StopRequestedError:
         recorder.set_status("stopped")
+        recorder.close()
         _say(world, f"stopped after step {recorder.global_step(progress)}; to continue: {_command(world, start.path)}")
         raise
     except BaseException:

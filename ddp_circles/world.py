@@ -4,6 +4,7 @@ The only module that reads launcher variables and the only one that creates or d
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,30 +90,25 @@ def _checked(ranks: Ranks) -> Ranks:
 
 def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
-    ranks = Ranks(
-        rank=_number(environment, "RANK"),
-        world_size=_number(environment, "WORLD_SIZE"),
-        local_rank=_number(environment, "LOCAL_RANK", _number(environment, "RANK")),
-        local_world_size=_number(environment, "LOCAL_WORLD_SIZE", _number(environment, "WORLD_SIZE")),
-        nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
-        launcher="torchrun",
-        job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
-        restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
-        store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
-        store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-    )
-    if ranks.restarts and ranks.nodes > 1 and ranks.store_is_the_agents:
-        raise UserError(
-            f"restarts between nodes need {SHARED_STORE_VARIABLE}=1 in the environment of every torchrun: "
-            "without it the ranks meet at stale addresses (launch/multi_node.sh sets it)"
+    return _checked(
+        Ranks(
+            rank=_number(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK", _number(environment, "RANK")),
+            local_world_size=_number(environment, "LOCAL_WORLD_SIZE", _number(environment, "WORLD_SIZE")),
+            nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
+            launcher="torchrun",
+            job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
+            restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+            store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
+            store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
-    return _checked(ranks)
+    )
 
 
 def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
     world_size = _number(environment, "SLURM_STEP_NUM_TASKS")
     nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
-    node = _number(environment, "SLURM_NODEID", 0)
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
     host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""), nodes)
     port = _number(environment, "MASTER_PORT", 20000 + (job * 16 + step) % 20000)
@@ -121,7 +117,7 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
             rank=_number(environment, "SLURM_PROCID"),
             world_size=world_size,
             local_rank=_number(environment, "SLURM_LOCALID"),
-            local_world_size=_tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))[node],
+            local_world_size=_tasks_here(environment, world_size),
             nodes=nodes,
             launcher="srun",
             job_id=environment["SLURM_JOB_ID"],
@@ -130,13 +126,20 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
     )
 
 
-def _tasks_per_node(text: str) -> list[int]:
-    """Read Slurm's `2(x3),1` as [2, 2, 2, 1]."""
+def _tasks_here(environment: Mapping[str, str], world_size: int) -> int:
+    """How many of the step's tasks run on this node; Slurm writes 2, 2, 2 and 1 on four nodes as `2(x3),1`."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size))
+    node = _number(environment, "SLURM_NODEID", 0)
     counts: list[int] = []
     for part in text.split(","):
-        count, _, repeats = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(repeats or 1)
-    return counts
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        counts += [int(match[1])] * int(match[2] or 1) if match else []
+    if node >= len(counts) or sum(counts) != world_size:
+        raise UserError(
+            f"srun's variables contradict each other: SLURM_STEP_NUM_TASKS is {world_size}, SLURM_NODEID {node}, "
+            f"SLURM_STEP_TASKS_PER_NODE {text!r}"
+        )
+    return counts[node]
 
 
 def _first_host(node_list: str, nodes: int) -> str:
@@ -236,7 +239,7 @@ def open_world(ranks: Ranks, device: "torch.device", backend: str, timeout: floa
     """Join the process group of all ranks, and leave it whatever happens.
 
     `timeout`: seconds that a collective may take. A world of one is a world too. Raises `ConnectionError` if the
-    ranks do not find each other.
+    ranks do not find each other, `UserError` if they would look for each other at stale addresses.
     """
     import torch
     import torch.distributed as dist
@@ -273,6 +276,11 @@ def _open_store(ranks: Ranks, timeout: timedelta) -> "Store":
 
     if ranks.store_address is None:
         return HashStore()
+    if ranks.restarts and ranks.nodes > 1 and ranks.store_is_the_agents:
+        raise UserError(
+            f"restarts between nodes need {SHARED_STORE_VARIABLE}=1 in the environment of every torchrun: "
+            "without it the ranks meet at stale addresses (launch/multi_node.sh sets it)"
+        )
     host, port = ranks.store_address
     serves = ranks.serves_store
     store = TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)

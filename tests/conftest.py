@@ -1,11 +1,10 @@
 """What holds for every test: nothing from outside reaches in, and nothing that a test starts outlives it."""
 
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing import forkserver, resource_tracker
 
 import psutil
@@ -13,9 +12,9 @@ import pytest
 
 from tests.ranks import LAUNCHER_VARIABLES
 
-STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "LOCAL_", "GLOO_", "OMP_", "MKL_", "OPENBLAS_", "CUBLAS_", "TORCH_DISABLE_SHARE")
-SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
-"""pytest's own, and those that scikit-learn sets when it is imported."""
+STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE", "GLOO_", "OMP_NUM_", "MKL_NUM_", "TORCH_DISABLE_")
+SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR"}
+"""pytest's own, and those that scikit-learn and torch set when they are imported."""
 GRACE_SECONDS = 5.0
 """How long what a test has ended may take to be gone."""
 
@@ -25,27 +24,24 @@ for _name in list(os.environ):  # before the fork server starts: its ranks see t
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--forbid-skips`, under which what could not be tested counts as failed; what needs a GPU may be skipped."""
+    """Add `--forbid-skips`: what could not be tested counts as failed, but for what needs a GPU."""
     parser.addoption("--forbid-skips", action="store_true", help="a skipped test is a failed one, but for tests/gpu")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:  # pluggy takes what the generator returns as the report
-    report: pytest.TestReport = yield  # type: ignore[assignment, misc]
-    needs_gpu = item.path.parent.name == "gpu"
-    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("forbid_skips") and not needs_gpu:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn a skip into a failure under `--forbid-skips`."""
+    report = yield
+    forbidden = item.config.getoption("forbid_skips") and item.path.parent.name != "gpu"
+    if forbidden and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"skipped, which --forbid-skips forbids: {call.excinfo and call.excinfo.value}"
-    return report  # type: ignore[return-value]
+        report.longrepr = f"--forbid-skips: {report.longrepr}"
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the long rehearsals unless `-m` speaks of them."""
-    if "long" in config.getoption("markexpr"):
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
+    long = [] if "long" in config.getoption("markexpr") else [item for item in items if item.get_closest_marker("long")]
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
@@ -54,41 +50,44 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the fork server import torch while the first tests run, if any test here will need it."""
     harness = sys.modules["tests.ranks"]
-    names = ("Job", "run_ranks", "train_on")
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
+    names = ("Job", "run_ranks", "train_on")
     if any(getattr(module, name, None) is getattr(harness, name) for module in modules for name in names):
         forkserver.ensure_running()
 
 
-def _infrastructure() -> set[int | None]:
-    """The fork server and the resource tracker, which serve all tests."""
+def _children() -> dict[int, psutil.Process]:
+    """What tests have started, by process id: running children of pytest and of the fork server, but for those two."""
+    server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
     return {
-        getattr(forkserver._forkserver, "_forkserver_pid", None),  # type: ignore[attr-defined]
-        getattr(resource_tracker._resource_tracker, "_pid", None),  # type: ignore[attr-defined]
+        child.pid: child
+        for child in psutil.Process().children(recursive=True)
+        if child.pid not in (server, tracker) and _runs_under(child, (os.getpid(), server))
     }
 
 
-def _children() -> dict[int, psutil.Process]:
-    """The running children of pytest and of the fork server: what tests start, by process id."""
-    found: list[psutil.Process] = []
-    parents = {os.getpid(), getattr(forkserver._forkserver, "_forkserver_pid", None)}  # type: ignore[attr-defined]
-    for parent in parents - {None}:
-        try:
-            found += psutil.Process(parent).children()
-        except psutil.NoSuchProcess:
-            continue
-    return {child.pid: child for child in found if child.pid not in _infrastructure() and _runs(child)}
-
-
-def _runs(process: psutil.Process) -> bool:
+def _runs_under(process: psutil.Process, parents: tuple[int | None, ...]) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.ppid() in parents and bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-def _settled(leftovers: Callable[[], list[str]]) -> list[str]:
-    """What `leftovers` still finds after a while."""
+def _end(process: psutil.Process) -> str:
+    """Kill `process` and its children; returns its command line."""
+    try:
+        command = " ".join(process.cmdline())
+        for child in process.children(recursive=True):
+            child.kill()
+        process.kill()
+    except psutil.NoSuchProcess:
+        return "gone by now"
+    return command
+
+
+def _after_grace(leftovers: Callable[[], list[int] | list[str]]) -> list[int] | list[str]:
+    """What `leftovers` finds; if it finds something, again until nothing is left or the time is up."""
     deadline = time.monotonic() + GRACE_SECONDS
     while (found := leftovers()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -99,17 +98,10 @@ def _settled(leftovers: Callable[[], list[str]]) -> list[str]:
 def no_process_left() -> Iterator[None]:
     """Fail a test that leaves a process running, and end that process."""
     before = _children()
-
-    def stray() -> dict[int, psutil.Process]:
-        return {pid: child for pid, child in _children().items() if pid not in before}
-
     yield
-    left = _settled(lambda: [f"process {pid}" for pid in stray()])
-    for child in stray().values():
-        left.append(" ".join(child.cmdline()[:12]))
-        for process in [*child.children(recursive=True), child]:
-            process.send_signal(signal.SIGKILL)
-    assert not left, f"left running: {left}"
+    if _after_grace(lambda: [pid for pid in _children() if pid not in before]):
+        ended = [_end(child) for pid, child in _children().items() if pid not in before]
+        pytest.fail(f"left running: {ended}")
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +109,7 @@ def no_thread_left() -> Iterator[None]:
     """Fail a test that leaves a thread running."""
     before = set(threading.enumerate())
     yield
-    left = _settled(lambda: [thread.name for thread in threading.enumerate() if thread not in before])
+    left = _after_grace(lambda: [thread.name for thread in threading.enumerate() if thread not in before])
     assert not left, f"threads left running: {left}"
 
 
@@ -136,10 +128,8 @@ def no_variable_left() -> Iterator[None]:
     """Fail a test that changes the environment, and change it back."""
     before = dict(os.environ)
     yield
-    after = dict(os.environ)
-    changed = sorted(
-        name for name in before.keys() | after.keys() if before.get(name) != after.get(name) and name not in SET_BY_IMPORTS
-    )
+    after = {name: value for name, value in os.environ.items() if name not in SET_BY_IMPORTS}
+    changed = sorted({name for name, _ in (before.items() ^ after.items()) if name not in SET_BY_IMPORTS})
     for name in changed:
         os.environ.pop(name, None)
         if name in before:

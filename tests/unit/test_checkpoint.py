@@ -1,0 +1,266 @@
+"""Checkpoints and the run directory: whole or absent, damage noticed, one writer at a time."""
+
+import errno
+import hashlib
+import itertools
+import os
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddp_circles import run_dir as run_dir_module
+from ddp_circles.checkpoint import KEEP, Checkpoints, decode, encode
+from ddp_circles.config import UserError
+from ddp_circles.files import write_atomically
+from ddp_circles.run_dir import RunDir
+from tests.ranks import Job
+
+STATE: dict[str, Any] = {
+    "model": {"weight": torch.tensor([1.0, -0.0, torch.inf, 1e-45])},
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]},
+    "train": [2**70, 5, 7],
+    "settings": {"hidden": (10, 10), "dataset": "circles"},
+    "tracking_id": None,
+}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    """Three of them, after steps 10, 20 and 30."""
+    made = Checkpoints(tmp_path)
+    for step in (10, 20, 30):
+        made.save(STATE | {"global_step": step}, step)
+    return made
+
+
+def test_what_is_decoded_is_what_was_encoded_to_the_bit() -> None:
+    state = decode(encode(STATE))
+    weight = state["model"].pop("weight")
+    assert weight.numpy().tobytes() == STATE["model"]["weight"].numpy().tobytes()
+    assert state["optimizer"]["param_groups"] == STATE["optimizer"]["param_groups"]
+    assert {name: state[name] for name in ("train", "settings", "tracking_id")} == {
+        name: STATE[name] for name in ("train", "settings", "tracking_id")
+    }
+
+
+CONTENT = encode(STATE)
+
+
+@settings(deadline=None)
+@given(position=st.integers(0, len(CONTENT) - 1), bit=st.integers(0, 7))
+def test_one_flipped_bit_is_noticed(position: int, bit: int) -> None:
+    damaged = bytearray(CONTENT)
+    damaged[position] ^= 1 << bit
+    with pytest.raises(ValueError, match="checksum does not match"):
+        decode(bytes(damaged))
+
+
+@settings(deadline=None)
+@given(length=st.integers(0, len(CONTENT) - 1))
+def test_a_cut_is_noticed(length: int) -> None:
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        decode(CONTENT[:length])
+
+
+def with_checksum(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest() + body
+
+
+@settings(deadline=None)
+@given(body=st.binary(max_size=200))
+def test_bytes_that_are_no_checkpoint_are_refused_whatever_their_checksum(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"it holds something other|it is not a checkpoint"):
+        decode(with_checksum(body))
+
+
+class Malicious:
+    """Unpickled without care, it would touch a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_malicious_checkpoint_is_refused_and_nothing_of_it_runs(tmp_path: Path, how: str, nested: bool) -> None:
+    trap = tmp_path / "trap"
+    poison: Any = STATE | {"model": {"weight": Malicious(trap)}} if nested else Malicious(trap)
+    body = pickle.dumps(poison)
+    if how == "torch":
+        torch.save(poison, tmp_path / "poison")
+        body = (tmp_path / "poison").read_bytes()
+    with pytest.raises(ValueError, match="it holds something other than tensors and plain values"):
+        decode(with_checksum(body))
+    with pytest.raises(ValueError, match="checksum"):
+        decode(body)
+    assert not trap.exists()
+
+
+def test_values_that_are_not_plain_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="something other than tensors and plain values"):
+        decode(encode({"path": tmp_path}))
+    with pytest.raises(ValueError, match="not a checkpoint of this package"):
+        decode(encode([1, 2]))  # type: ignore[arg-type]
+
+
+# ---- the files
+
+
+def test_the_last_few_are_kept(checkpoints: Checkpoints) -> None:
+    for step in (40, 50):
+        checkpoints.save(STATE, step)
+    assert [path.name for path in checkpoints.files()] == [f"step-{step:012d}.checkpoint" for step in (50, 40, 30)]
+    assert len(list(checkpoints.folder.iterdir())) == KEEP
+
+
+def test_the_newest_is_loaded(checkpoints: Checkpoints) -> None:
+    content, warnings = checkpoints.load_newest()
+    assert decode(content)["global_step"] == 30
+    assert warnings == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "malicious", "folder"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_damaged_ones_are_named_and_passed_over(checkpoints: Checkpoints, damage: str, count: int) -> None:
+    damaged = checkpoints.files()[:count]
+    for path in damaged:
+        spoil(path, damage)
+    content, warnings = checkpoints.load_newest()
+    assert decode(content)["global_step"] == 30 - 10 * count
+    assert [f"{path} is passed over" in warning for path, warning in zip(damaged, warnings, strict=True)] == [
+        True
+    ] * count
+    assert not (checkpoints.folder / "trap").exists()
+
+
+def spoil(path: Path, damage: str) -> None:
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "flip":
+        path.write_bytes(content[:100] + bytes([content[100] ^ 4]) + content[101:])
+    elif damage == "malicious":
+        path.write_bytes(with_checksum(pickle.dumps(Malicious(path.parent / "trap"))))
+    else:
+        path.unlink()
+        path.mkdir()
+
+
+def test_none_left_is_an_error_that_names_each(checkpoints: Checkpoints) -> None:
+    for path in checkpoints.files():
+        spoil(path, "empty")
+    with pytest.raises(UserError, match="no good checkpoint is left") as caught:
+        checkpoints.load_newest()
+    assert all(str(path) in str(caught.value) for path in checkpoints.files())
+
+
+def test_no_checkpoint_at_all_is_no_error(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path).load_newest() == (b"", [])
+
+
+@pytest.mark.parametrize("call", ["fsync", "fdopen", "fchmod"])
+def test_a_failed_save_leaves_the_others_and_no_rest(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {path: path.read_bytes() for path in checkpoints.files()}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(STATE, 40)
+    assert {path: path.read_bytes() for path in checkpoints.folder.iterdir()} == before
+
+
+def killed_write(path: Path, content: bytes, call: str, count: int) -> None:
+    """Be killed in the middle of writing `path`, where `call` would happen for the `count`th time."""
+    original, calls = getattr(os, call), itertools.count(1)
+
+    def fall(*arguments: Any) -> Any:
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    setattr(os, call, fall)
+    write_atomically(path, content)
+
+
+@pytest.mark.parametrize("call, count", [("fchmod", 1), ("fsync", 1), ("replace", 1), ("fsync", 2)])
+def test_a_killed_save_leaves_every_file_readable(checkpoints: Checkpoints, call: str, count: int) -> None:
+    newest = checkpoints.files()[0]
+    with Job(killed_write, 1, newest, encode(STATE | {"global_step": 31}), call, count) as job:
+        (outcome,) = job.wait(30)
+    assert outcome.code == -signal.SIGKILL
+    renamed = count == 2
+    assert [decode(path.read_bytes())["global_step"] for path in checkpoints.files()] == [31 if renamed else 30, 20, 10]
+    assert len(list(checkpoints.folder.iterdir())) == (KEEP if renamed else KEEP + 1)
+    checkpoints.sweep()
+    assert sorted(checkpoints.folder.iterdir()) == sorted(checkpoints.files())
+
+
+# ---- the run directory
+
+
+def test_a_second_writer_is_told_who_holds_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir_module, "LOCK_WAIT_SECONDS", 0.1)
+    first, second = RunDir(tmp_path), RunDir(tmp_path)
+    first.open()
+    with pytest.raises(UserError, match=rf"--run-dir {tmp_path} is in use by process {os.getpid()} on \S+: wait"):
+        second.open()
+    first.close()
+    second.open()
+    second.close()
+
+
+def test_a_holder_that_has_not_spoken_yet_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir_module, "LOCK_WAIT_SECONDS", 0.1)
+    first, second = RunDir(tmp_path), RunDir(tmp_path)
+    first.open()
+    (tmp_path / ".lock.holder").unlink()
+    with pytest.raises(UserError, match="is in use by another process"):
+        second.open()
+    first.close()
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--run-dir .*file/run cannot be written"):
+        RunDir(tmp_path / "file" / "run").open()
+
+
+def test_opening_clears_away_what_killed_writes_left(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    (tmp_path / ".status.a1b2c3d4.partial").write_text("run")
+    run_dir.open()
+    run_dir.set_status("running")
+    run_dir.close()
+    assert run_dir.status == "running"
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.holder", "checkpoints", "status"}
+
+
+def test_an_unknown_status_is_none(tmp_path: Path) -> None:
+    assert RunDir(tmp_path).status is None
+
+
+def test_clearing_forgets_an_earlier_run(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.open()
+    Checkpoints(run_dir.checkpoints).save(STATE, 1)
+    for name in ("metrics.jsonl", "model.safetensors", "summary.json", "fault"):
+        (tmp_path / name).write_text("old")
+    run_dir.clear()
+    run_dir.close()
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.holder", "checkpoints"}
+    assert list(run_dir.checkpoints.iterdir()) == []

@@ -1,0 +1,244 @@
+"""Points and models are the tutorial's, bit for bit; logits become probabilities and labels as in the tutorial."""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_blobs, make_circles, make_moons
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from ddp_circles import data
+from ddp_circles.data import Split, class_count, make_split
+from ddp_circles.models import Classifier, correct_count, labels_of, loss_sum, probabilities_of
+from tests.ranks import run_ranks
+
+CIRCLES = {"n_samples": 1000, "noise": 0.03, "factor": 0.8, "test_fraction": 0.2, "data_seed": 42}
+BLOBS = CIRCLES | {"noise": 1.5}
+
+
+def tutorials_circles() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    X, y = make_circles(1000, noise=0.03, factor=0.8, random_state=42)  # noqa: N806 - the tutorial's names
+    X = torch.from_numpy(X).type(torch.float)  # noqa: N806
+    y = torch.from_numpy(y).type(torch.float)
+    X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=42)  # noqa: N806
+    return X_train, y_train, X_test, y_test
+
+
+def tutorials_blobs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    X_blob, y_blob = make_blobs(n_samples=1000, n_features=2, centers=4, cluster_std=1.5, random_state=42)  # noqa: N806
+    X_blob = torch.from_numpy(X_blob).type(torch.float)  # noqa: N806
+    y_blob = torch.from_numpy(y_blob).type("torch.LongTensor")
+    X_train, X_test, y_train, y_test = train_test_split(X_blob, y_blob, test_size=0.2, random_state=42)  # noqa: N806
+    return X_train, y_train, X_test, y_test
+
+
+def moons() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    X, y = make_moons(1000, noise=0.03, random_state=42)  # noqa: N806
+    X = torch.from_numpy(X).type(torch.float)  # noqa: N806
+    y = torch.from_numpy(y).type(torch.float)
+    X_train, X_test, y_train, y_test = train_test_split(X, y, test_size=0.2, random_state=42)  # noqa: N806
+    return X_train, y_train, X_test, y_test
+
+
+def parts(split: Split) -> list[Tensor]:
+    return [*split.train, *split.test]
+
+
+def same(some: Split, others: Split) -> bool:
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(parts(some), parts(others), strict=True))
+
+
+@pytest.mark.parametrize(
+    "dataset, arguments, by_hand, target_type",
+    [
+        ("circles", CIRCLES, tutorials_circles, torch.float32),
+        ("blobs", BLOBS, tutorials_blobs, torch.int64),
+        ("moons", CIRCLES, moons, torch.float32),
+    ],
+)
+def test_points_are_those_of_scikit_learn(
+    dataset: str,
+    arguments: dict[str, float],
+    by_hand: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]],
+    target_type: torch.dtype,
+) -> None:
+    split = make_split(dataset, **arguments)  # type: ignore[arg-type]
+    for ours, theirs in zip(parts(split), by_hand(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    assert [tuple(part.shape) for part in parts(split)] == [(800, 2), (800,), (200, 2), (200,)]
+    assert (split.train.inputs.dtype, split.train.targets.dtype) == (torch.float32, target_type)
+    assert same(split, make_split(dataset, **arguments))  # type: ignore[arg-type]
+    assert len(split.train.targets.unique()) == class_count(dataset)
+
+
+def test_the_first_point_is_the_published_one() -> None:
+    X, y = make_circles(1000, noise=0.03, random_state=42)  # noqa: N806
+    np.testing.assert_allclose(X[0], [0.75424625, 0.23148074], atol=1e-8)  # as printed in the tutorial's notebook
+    split = make_split("circles", **CIRCLES)  # type: ignore[arg-type]
+    points = torch.cat([split.train.inputs, split.test.inputs])
+    assert (points == torch.from_numpy(X[0]).float()).all(dim=1).sum() == 1
+    assert y.mean() == 0.5
+
+
+def test_uneven_sets_lose_no_point() -> None:
+    arguments = CIRCLES | {"n_samples": 613, "test_fraction": 0.23}
+    split = make_split("circles", **arguments)  # type: ignore[arg-type]
+    assert (len(split.train.inputs), len(split.test.inputs)) == (613 - 141, 141)  # 0.23 * 613 = 140.99, rounded up
+
+
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Every set is stored, in a folder of this test."""
+    monkeypatch.setattr(data, "CACHED_FROM", 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_stored_set_is_the_same_and_made_once(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = data._generate("blobs", **BLOBS)  # type: ignore[arg-type]
+    assert same(make_split("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
+    assert not same(make_split("blobs", **(BLOBS | {"data_seed": 1})), fresh)  # type: ignore[arg-type]
+    monkeypatch.setattr(data, "_generate", None)
+    assert same(make_split("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["train_inputs.npy", "test_targets.npy", "checksums.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_stored_set_is_made_again(small_cache: Path, name: str, damage: str) -> None:
+    fresh = data._generate("circles", **CIRCLES)  # type: ignore[arg-type]
+    make_split("circles", **CIRCLES)  # type: ignore[arg-type]
+    [file] = small_cache.glob(f"*/*/{name}")
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-9] + (b"" if damage == "cut" else bytes(9)))
+    assert same(make_split("circles", **CIRCLES), fresh)  # type: ignore[arg-type]
+    assert file.read_bytes() == content
+
+
+def make_at_once(folder: str) -> tuple[float, list[str]]:
+    """Make a stored set beside other ranks; returns a sum over it, and what is in the cache then."""
+    data.CACHED_FROM = 1
+    tempfile.tempdir = folder
+    split = make_split("circles", **CIRCLES)  # type: ignore[arg-type]
+    return float(split.train.inputs.double().sum()), sorted(path.name for path in Path(folder).glob("*/*"))
+
+
+def test_ranks_that_ask_at_once_make_one_set(tmp_path: Path) -> None:
+    [(total, names), *others] = run_ranks(make_at_once, 3, str(tmp_path))
+    assert {other for other, _ in others} == {total}
+    assert len([name for name in names if not name.endswith(".lock")]) == 1
+
+
+class CircleModelV1(nn.Module):
+    """The tutorial's, with its names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_1 = nn.Linear(in_features=2, out_features=10)
+        self.layer_2 = nn.Linear(in_features=10, out_features=10)
+        self.layer_3 = nn.Linear(in_features=10, out_features=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer_3(self.layer_2(self.layer_1(x)))
+        return logits
+
+
+class CircleModelV2(nn.Module):
+    """The tutorial's, with its names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_1 = nn.Linear(in_features=2, out_features=10)
+        self.layer_2 = nn.Linear(in_features=10, out_features=10)
+        self.layer_3 = nn.Linear(in_features=10, out_features=1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer_3(self.relu(self.layer_2(self.relu(self.layer_1(x)))))
+        return logits
+
+
+def model_0() -> nn.Module:
+    return nn.Sequential(nn.Linear(in_features=2, out_features=5), nn.Linear(in_features=5, out_features=1))
+
+
+def blob_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    "by_hand, hidden, activation, classes",
+    [
+        (model_0, (5,), "none", 2),
+        (CircleModelV1, (10, 10), "none", 2),
+        (CircleModelV2, (10, 10), "relu", 2),
+        (blob_model, (8, 8), "none", 4),
+    ],
+)
+def test_models_are_the_tutorials(
+    by_hand: Callable[[], nn.Module], hidden: tuple[int, ...], activation: str, classes: int
+) -> None:
+    torch.manual_seed(42)
+    theirs = by_hand()
+    torch.manual_seed(42)
+    ours = Classifier(2, hidden, activation, classes)
+    for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+    points = make_split("circles", **CIRCLES).test.inputs  # type: ignore[arg-type]
+    logits = ours(points)
+    assert torch.equal(logits, theirs(points).squeeze(1) if classes == 2 else theirs(points))
+    assert logits.shape == ((200,) if classes == 2 else (200, 4))
+
+
+def test_a_model_without_hidden_layers_is_linear() -> None:
+    assert [tuple(weight.shape) for weight in Classifier(2, (), "relu", 2).parameters()] == [(1, 2), (1,)]
+
+
+def test_an_empty_batch_gives_empty_logits() -> None:
+    assert Classifier(2, (5,), "relu", 2)(torch.zeros(0, 2)).shape == (0,)
+    assert Classifier(2, (5,), "relu", 4)(torch.zeros(0, 2)).shape == (0, 4)
+
+
+def test_binary_logits_become_probabilities_and_labels() -> None:
+    logits = torch.cat([torch.tensor([0.0, -0.0, 1e-9, -1e-9, 100.0, -100.0]), torch.linspace(-9, 9, 1001)])
+    probabilities = probabilities_of(logits)
+    assert torch.equal(probabilities, torch.sigmoid(logits))
+    labels = labels_of(probabilities)
+    assert torch.equal(labels, torch.round(torch.sigmoid(logits)))
+    targets = (torch.arange(len(logits)) % 2).float()
+    assert correct_count(logits, targets).item() == torch.eq(targets, torch.round(torch.sigmoid(logits))).sum().item()
+
+
+def test_class_logits_become_probabilities_and_labels() -> None:
+    logits = torch.randn(500, 4, generator=torch.Generator().manual_seed(1)) * 5
+    probabilities = probabilities_of(logits)
+    assert torch.equal(probabilities, torch.softmax(logits, dim=1))
+    labels = labels_of(probabilities)
+    assert torch.equal(labels, torch.softmax(logits, dim=1).argmax(dim=1))
+    targets = torch.arange(500) % 4
+    assert correct_count(logits, targets).item() == torch.eq(targets, labels).sum().item()
+
+
+def test_losses_are_sums_of_cross_entropies() -> None:
+    logits = torch.tensor([-2.0, 0.0, 3.5])
+    targets = torch.tensor([1.0, 0.0, 1.0])
+    by_hand = math.log1p(math.exp(2.0)) + math.log(2.0) + math.log1p(math.exp(-3.5))
+    assert loss_sum(logits, targets).item() == pytest.approx(by_hand, rel=1e-6)
+    rows = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
+    of_rows = math.log(sum(math.exp(value) for value in (1, 2, 3, 4))) - 2 + math.log(4)
+    assert loss_sum(rows, torch.tensor([1, 3])).item() == pytest.approx(of_rows, rel=1e-6)
+
+
+def test_published_tables_name_their_source() -> None:
+    tables = json.loads((Path(__file__).parents[1] / "data" / "published_tables.json").read_text())
+    assert "02_pytorch_classification.ipynb of mrdbourke/pytorch-deep-learning" in tables["what"]
+    assert [len(tables[name]) for name in ("model_1", "model_3", "model_4")] == [10, 10, 10]

@@ -1,0 +1,276 @@
+"""The exact sums by themselves: against exact arithmetic, in any order and partition, up to and beyond their range."""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.futures import Future
+
+from ddp_circles import exact
+from ddp_circles.config import UserError
+from ddp_circles.data import make_split
+from ddp_circles.exact import ExactReducer, check_model
+from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
+from ddp_circles.metrics import LocalTally
+from ddp_circles.models import Classifier, loss_sum
+
+CPU = torch.device("cpu")
+STREAMS = 8
+IN_RANGE = largest_term(STREAMS, GRADIENT_BITS)
+
+any_float = st.floats(width=32)
+in_range = st.floats(width=32, min_value=-IN_RANGE, max_value=IN_RANGE, exclude_min=True, exclude_max=True)
+
+
+def terms(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[list[float]]]:
+    """The gradients of up to `STREAMS` micro-batches, three elements each."""
+    return st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=STREAMS)
+
+
+def make_reducer(model: nn.Module, owned: int = STREAMS) -> ExactReducer:
+    return ExactReducer(
+        model, streams=STREAMS, owned=owned, tally=LocalTally(CPU), stop_requested=lambda: False, device=CPU
+    )
+
+
+def sum_on_one_rank(gradients: Sequence[Sequence[float]], rows: int = STREAMS) -> tuple[Tensor, int]:
+    """What one rank's reducer makes of the gradients of a step, and how many values it found out of range."""
+    model = nn.Linear(3, 1, bias=False)
+    reducer = make_reducer(model, owned=rows)
+    for gradient, context in zip(gradients, reducer.contexts(len(gradients)), strict=True):
+        with context:
+            model.weight.grad = torch.tensor([gradient])
+    assert model.weight.grad is not None
+    return model.weight.grad.clone(), int(reducer.agreed(0, last=True)[2])
+
+
+@settings(deadline=None)
+@given(gradients=terms(in_range), data=st.data())
+def test_order_and_rows_do_not_change_a_bit(gradients: list[list[float]], data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(gradients))
+    rows = data.draw(st.integers(1, STREAMS))
+    expected, _ = sum_on_one_rank(gradients)
+    assert sum_on_one_rank(shuffled, rows)[0].numpy().tobytes() == expected.numpy().tobytes()
+
+
+@settings(deadline=None)
+@given(gradients=terms(in_range), data=st.data())
+def test_partition_does_not_change_a_bit(gradients: list[list[float]], data: st.DataObject) -> None:
+    owners = data.draw(st.lists(st.integers(0, 4), min_size=len(gradients), max_size=len(gradients)))
+    per_rank = [
+        sum((quantize(torch.tensor(g), GRADIENT_BITS) for g, o in zip(gradients, owners, strict=True) if o == rank),
+            start=torch.zeros(3, dtype=torch.int64))
+        for rank in range(5)
+    ]  # fmt: skip
+    added = sum(data.draw(st.permutations(per_rank)), start=torch.zeros(3, dtype=torch.int64))
+    expected, _ = sum_on_one_rank(gradients)
+    assert dequantize(added, GRADIENT_BITS).numpy().tobytes() == expected.numpy().tobytes()
+
+
+@settings(deadline=None)
+@given(gradients=terms(in_range))
+def test_error_is_bounded_by_one_rounding_per_term_and_one_of_the_sum(gradients: list[list[float]]) -> None:
+    summed, out_of_range = sum_on_one_rank(gradients)
+    assert out_of_range == 0
+    for column, value in enumerate(summed.flatten().tolist()):
+        truth = math.fsum(gradient[column] for gradient in gradients)
+        half_ulp = float(np.spacing(np.float32(abs(value)))) / 2
+        bound = len(gradients) * 2.0 ** -(GRADIENT_BITS + 1) + half_ulp
+        assert abs(value - truth) <= bound * (1 + 1e-9) + abs(truth) * 2**-52
+
+
+@settings(deadline=None)
+@given(gradients=terms(any_float))
+def test_every_sum_is_either_right_or_reported(gradients: list[list[float]]) -> None:
+    summed, out_of_range = sum_on_one_rank(gradients)
+    if all(abs(value) < IN_RANGE for gradient in gradients for value in gradient):
+        assert out_of_range == 0
+        integers = [sum(round(Fraction(g[column]) * 2**GRADIENT_BITS) for g in gradients) for column in range(3)]
+        assert all(abs(integer) < 2**62 for integer in integers)
+        expected = torch.tensor(integers, dtype=torch.int64)
+        assert torch.equal(summed.flatten(), dequantize(expected, GRADIENT_BITS))
+    else:
+        assert out_of_range > 0
+
+
+@pytest.mark.parametrize("bits", [GRADIENT_BITS, LOSS_BITS])
+@pytest.mark.parametrize("count", [1, 3, 6, 8, 1000])
+def test_largest_terms_do_not_wrap_round(bits: int, count: int) -> None:
+    limit = torch.tensor(largest_term(count, bits), dtype=torch.float32)
+    largest = torch.nextafter(limit, torch.tensor(0.0))
+    for sign in (1, -1):
+        integers = quantize(sign * largest.expand(count), bits)
+        assert int(integers.sum()) == count * int(integers[0])
+        assert abs(count * int(integers[0])) < 2**63
+
+
+@settings(deadline=None)
+@given(
+    losses=st.lists(st.floats(0, 250, width=32), min_size=STREAMS, max_size=STREAMS),
+    data=st.data(),
+)
+def test_loss_sums_of_a_billion_samples_are_exact(losses: list[float], data: st.DataObject) -> None:
+    shares = [torch.tensor(loss * (10**9 // STREAMS)) for loss in losses]
+    owners = data.draw(st.lists(st.integers(0, 2), min_size=STREAMS, max_size=STREAMS))
+    ranks = [LocalTally(CPU) for _ in range(3)]
+    for share, owner in zip(shares, owners, strict=True):
+        ranks[owner].add(share, torch.zeros(2), torch.zeros(2))
+    units, correct, out_of_range = torch.stack([rank.take(STREAMS) for rank in ranks]).sum(0).tolist()
+    assert units == sum(round(Fraction(share.item()) * 2**LOSS_BITS) for share in shares)
+    assert correct == 2 * STREAMS
+    assert out_of_range == 0
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, largest_term(STREAMS, LOSS_BITS), 1e30])
+def test_loss_out_of_range_is_counted(loss: float) -> None:
+    tally = LocalTally(CPU)
+    tally.add(torch.tensor(loss), torch.zeros(1), torch.zeros(1))
+    tally.add(torch.tensor(1.0), torch.zeros(1), torch.zeros(1))
+    assert tally.take(STREAMS)[2] == 1
+
+
+def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
+    """Each step's gradients against float64 sums of the same micro-batches'."""
+    torch.manual_seed(42)
+    model = Classifier(2, (10, 10), "relu", 2)
+    parameters = list(model.parameters())
+    inputs, targets = make_split(
+        "circles", n_samples=1000, noise=0.03, factor=0.8, test_fraction=0.2, data_seed=42
+    ).train
+    reducer = make_reducer(model)
+    generator = torch.Generator().manual_seed(1)
+    differing = elements = 0
+    for _ in range(100):
+        chosen = torch.randint(len(inputs), (64,), generator=generator)
+        truth = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
+        for stream, context in enumerate(reducer.contexts(STREAMS)):
+            share = chosen[stream::STREAMS]
+            gradients = torch.autograd.grad(loss_sum(model(inputs[share]), targets[share]) / 64, parameters)
+            truth += torch.cat([gradient.flatten() for gradient in gradients]).double()
+            with context:
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+        summed = torch.cat([cast(Tensor, parameter.grad).flatten() for parameter in parameters])
+        error = (summed.double() - truth).abs()
+        assert (error <= STREAMS * 2.0 ** -(GRADIENT_BITS + 1) + truth.abs() * 2.0**-24).all()
+        differing += int((summed != truth.float()).sum())
+        elements += summed.numel()
+        for parameter in parameters:
+            parameter.data -= 0.1 * cast(Tensor, parameter.grad)
+    assert differing < 0.01 * elements
+
+
+# ---- what may be trained
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (nn.BatchNorm1d(4), "composition of each micro-batch"),
+        (nn.SyncBatchNorm(4), "composition of each micro-batch"),
+        (nn.Dropout(0.1), "random numbers depend on the rank"),
+        (nn.AlphaDropout(0.5), "random numbers depend on the rank"),
+    ],
+)
+def test_models_that_depend_on_the_cut_are_refused(module: nn.Module, why: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Sequential(module), nn.Linear(4, 1))
+    with pytest.raises(
+        UserError, match=rf"--reduction exact cannot train 1\.0 \({type(module).__name__}\).*{why}.*fast"
+    ):
+        check_model(model)
+
+
+def test_models_that_cannot_be_summed_are_refused() -> None:
+    with pytest.raises(UserError, match=r"float32 parameters; weight is torch\.float64"):
+        check_model(nn.Linear(2, 1).double())
+    with pytest.raises(UserError, match="nothing to train"):
+        check_model(nn.Linear(2, 1).requires_grad_(requires_grad=False))
+    with pytest.raises(UserError, match="nothing to train"):
+        check_model(nn.ReLU())
+
+
+def test_harmless_models_are_accepted() -> None:
+    check_model(nn.Sequential(nn.Linear(2, 4), nn.GroupNorm(2, 4), nn.Dropout(0.0), nn.Linear(4, 1)))
+
+
+def test_parameter_without_gradient_is_named() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(2, 1, bias=False), "unused": nn.Linear(2, 1, bias=False)})
+    reducer = make_reducer(model)
+    with (
+        pytest.raises(ValueError, match=r"no gradient for 'unused\.weight': every parameter must take part"),
+        reducer.contexts(1)[0],
+    ):
+        next(model.parameters()).grad = torch.zeros(1, 2)
+
+
+# ---- the hook
+
+
+class FakeBucket:
+    """The only bucket of a model."""
+
+    def __init__(self, model: nn.Module, buffer: Tensor) -> None:
+        self._parameters = list(model.parameters())
+        self._buffer = buffer
+
+    def buffer(self) -> Tensor:
+        return self._buffer
+
+    def is_last(self) -> bool:
+        return True
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self._parameters
+
+
+class FakeWork:
+    """A collective under way."""
+
+    def __init__(self) -> None:
+        self.future: Future[Any] = Future()
+
+    def get_future(self) -> Future[Any]:
+        return self.future
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> FakeWork:
+    """The all-reduce of the test, to be ended by it."""
+    started = FakeWork()
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, async_op: started)
+    return started
+
+
+def test_a_failed_all_reduce_reaches_whoever_waits_for_the_gradients(work: FakeWork) -> None:
+    model = nn.Linear(3, 1, bias=False)
+    gradients = torch.ones(3)
+    future = make_reducer(model).reduce_bucket(FakeBucket(model, gradients))  # type: ignore[arg-type]
+    work.future.set_exception(RuntimeError("gloo/transport/tcp: connection closed by peer"))
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        future.wait()
+    assert torch.equal(gradients, torch.ones(3))
+
+
+def test_the_sum_of_all_ranks_replaces_the_ranks_own_gradients(work: FakeWork) -> None:
+    model = nn.Linear(3, 1, bias=False)
+    reducer, gradients = make_reducer(model), torch.ones(3)
+    future = reducer.reduce_bucket(FakeBucket(model, gradients))  # type: ignore[arg-type]
+    work.future.set_result([torch.tensor([5, 6, 7, 11, 12, 13, 14])])
+    assert torch.equal(future.wait(), torch.tensor([5.0, 6.0, 7.0]) * 2.0**-GRADIENT_BITS)
+    assert reducer.agreed(0, last=True).tolist() == [11, 12, 13, 14]
+
+
+def test_rows_are_bounded_for_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = sum_on_one_rank([[1.0, 2.0, 3.0]] * STREAMS)
+    monkeypatch.setattr(exact, "ROW_ELEMENTS", 7)
+    model = nn.Linear(3, 1, bias=False)
+    assert make_reducer(model)._rows.shape == (2, 3)
+    assert torch.equal(sum_on_one_rank([[1.0, 2.0, 3.0]] * STREAMS)[0], expected)

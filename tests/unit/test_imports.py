@@ -1,0 +1,71 @@
+"""What is imported when, and what the package offers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import ddp_circles
+
+HEAVY = {"torch", "sklearn", "numpy", "scipy", "wandb", "matplotlib", "safetensors"}
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The top-level names of all that `python *arguments` imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=60, check=True
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert len(lines) > 20
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-m", "ddp_circles.train", "--help"),
+        ("-c", "import ddp_circles"),
+        ("-c", "import ddp_circles; ddp_circles.Config()"),
+        ("-c", "import ddp_circles.config, ddp_circles.world, ddp_circles.health"),
+    ],
+    ids=" ".join,
+)
+def test_nothing_heavy_is_imported_early(arguments: tuple[str, ...]) -> None:
+    imported = imported_by(*arguments)
+    assert "ddp_circles" in imported
+    assert not imported & HEAVY
+
+
+def test_the_oracle_sees_heavy_imports() -> None:
+    assert "numpy" in imported_by("-c", "import numpy")
+
+
+def test_bad_flags_are_refused_before_torch_is_imported() -> None:
+    program = (
+        "import sys; from ddp_circles.train import main\n"
+        "try: main()\n"
+        "except SystemExit as leaving: print(leaving.code, *sorted({'torch', 'sklearn'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--epochs", "-1"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "2"
+
+
+def test_the_public_names() -> None:
+    assert ddp_circles.__all__ == ["Config", "Dataset", "Split", "fit"]
+    assert all(hasattr(ddp_circles, name) for name in ddp_circles.__all__)
+    assert not hasattr(ddp_circles, "Trainer")
+    assert ddp_circles.fit.__module__ == "ddp_circles.train"
+
+
+@pytest.mark.parametrize("module", ["train", "predict"])
+def test_running_a_module_warns_of_nothing(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", f"ddp_circles.{module}", "--help"],
+        env=os.environ | {"COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"ddp_circles.{module}" in done.stdout

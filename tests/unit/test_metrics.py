@@ -1,0 +1,132 @@
+"""Loss and accuracy as integers: the same sums however the micro-batches are shared out, and no wrapping round."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ddp_circles.metrics import LocalTally, Sums, SumsReader, Tally
+
+CPU = torch.device("cpu")
+UNITS = 2**24
+LOSSES = st.lists(st.floats(0, 2.0**20, width=32), min_size=1, max_size=12)
+
+
+def tally_of(losses: list[float], logits: list[Tensor], targets: list[Tensor]) -> LocalTally:
+    tally = LocalTally(CPU)
+    for loss, own_logits, own_targets in zip(losses, logits, targets, strict=True):
+        tally.add(torch.tensor(loss), own_logits, own_targets)
+    return tally
+
+
+@settings(deadline=None)
+@given(losses=LOSSES, owners=st.lists(st.integers(0, 3), min_size=12, max_size=12), seed=st.integers(0, 2**31))
+def test_sums_do_not_depend_on_who_counts(losses: list[float], owners: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(size, generator=generator) for size in range(len(losses))]
+    targets = [(torch.rand(size, generator=generator) < 0.5).float() for size in range(len(losses))]
+    total = torch.zeros(3, dtype=torch.int64)
+    for rank in range(4):
+        mine = [number for number in range(len(losses)) if owners[number] == rank]
+        share = tally_of([losses[n] for n in mine], [logits[n] for n in mine], [targets[n] for n in mine])
+        total += share.take(len(losses))
+    units = sum(round(Fraction(loss) * UNITS) for loss in losses)  # exact arithmetic, halves to even
+    right = sum(
+        (logit > 0) == (target == 1)
+        for some, others in zip(logits, targets, strict=True)
+        for logit, target in zip(some.tolist(), others.tolist(), strict=True)
+    )
+    assert total.tolist() == [units, right, 0]
+
+
+def test_a_tally_counts_once() -> None:
+    tally = tally_of([1.0], [torch.tensor([3.0, -3.0])], [torch.tensor([1.0, 1.0])])
+    assert tally.take(8).tolist() == [UNITS, 1, 0]
+    assert tally.take(8).tolist() == [0, 0, 0]
+
+
+def test_classes_are_counted_too() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
+    assert tally_of([0.0], [logits], [torch.tensor([1, 2])]).take(8).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2.0**36, -(2.0**36)])
+def test_losses_out_of_range_are_counted(bad: float) -> None:
+    nothing = [torch.zeros(0)] * 4
+    assert tally_of([1.0, bad, bad, 2.0], nothing, nothing).take(8)[2] == 2
+
+
+def test_the_largest_losses_allowed_cannot_wrap_round() -> None:
+    largest = torch.tensor(2.0**35).nextafter(torch.tensor(0.0)).item()
+    nothing = [torch.zeros(0)] * 8
+    units, _, bad = tally_of([largest] * 8, nothing, nothing).take(8).tolist()
+    assert (units, bad) == (8 * round(Fraction(largest) * UNITS), 0)
+
+
+def test_a_billion_samples_are_summed_to_the_last_unit() -> None:
+    samples, per_step, mean = 10**9, 10**8, 0.6931472
+    shares = [per_step // 8 * mean] * 8
+    total = Tally()
+    exact = Fraction(0)
+    for _ in range(samples // per_step):
+        units, correct, bad = tally_of(shares, [torch.zeros(1)] * 8, [torch.zeros(1)] * 8).take(8).tolist()
+        assert bad == 0
+        total.loss_units += units
+        total.correct += correct
+        total.count += per_step
+        exact += sum(Fraction(torch.tensor(share).item()) for share in shares)
+    assert total.count == samples
+    assert abs(Fraction(total.loss_units, UNITS) - exact) <= Fraction(80, 2 * UNITS)  # half a unit for each of 80 terms
+    assert total.loss == pytest.approx(mean, rel=1e-6)
+    assert exact * 2**44 > 2**63  # the gradients' resolution would have wrapped round
+
+
+def test_all_billion_samples_in_one_agreement() -> None:
+    units, _, bad = tally_of([10**9 / 8 * 2.5] * 8, [torch.zeros(1)] * 8, [torch.zeros(1)] * 8).take(8).tolist()
+    assert (units, bad) == (round(10**9 * 2.5) * UNITS, 0)
+
+
+def test_percent_is_printed_as_published() -> None:
+    tally = Tally(loss_units=800 * UNITS // 2, correct=427, count=800)
+    assert f"{tally.accuracy * 100:.2f}" == "53.37"  # 427 * 100 / 800 would print 53.38
+    assert tally.loss == 0.5
+
+
+def sums(step: int) -> Tensor:
+    return torch.tensor([10 * step, step, 0, 0])
+
+
+def read(step: int) -> Sums:
+    return Sums(step, 64 * (step + 1), 10 * step, step, 0, 0)
+
+
+def post(reader: SumsReader, step: int) -> None:
+    reader.post(step, 64 * (step + 1), sums(step))
+
+
+def test_sums_are_read_at_once_without_delay() -> None:
+    reader = SumsReader(delay=0)
+    for step in range(3):
+        post(reader, step)
+        assert reader.peek() == [read(step)]
+        assert reader.read() == [read(step)]
+        assert (reader.read(), reader.peek()) == ([], [])
+
+
+def test_sums_are_read_one_agreement_late() -> None:
+    reader = SumsReader(delay=1)
+    assert (reader.read(), reader.peek(), reader.read(everything=True)) == ([], [], [])
+    post(reader, 0)
+    assert reader.read() == []
+    assert reader.peek() == [read(0)]
+    post(reader, 1)
+    assert reader.read() == [read(0)]
+    assert reader.peek() == [read(1)]
+    assert reader.read() == []
+    post(reader, 2)
+    assert reader.peek() == [read(1), read(2)]
+    assert reader.read(everything=True) == [read(1), read(2)]
+    assert reader.read(everything=True) == []

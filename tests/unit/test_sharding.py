@@ -1,0 +1,156 @@
+"""Which sample goes where: every index once, the same steps for every world, DistributedSampler's own order."""
+
+import time
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DistributedSampler
+
+from ddp_circles.data import Dataset
+from ddp_circles.sharding import Sharding, TensorSampler
+from ddp_circles.trainer import streams_of
+
+SAMPLES = st.integers(1, 400)
+BATCH_SIZES = st.integers(1, 450)
+STREAMS = st.integers(1, 20)
+WORLD_SIZES = st.integers(1, 9)
+SEEDS = st.integers(0, 2**32 - 1)
+EPOCHS = st.integers(0, 1000)
+few = settings(deadline=None, max_examples=60)
+
+
+def distributed_sampler(samples: int, replicas: int, rank: int, seed: int) -> DistributedSampler[int]:
+    numbers: Any = range(samples)
+    return DistributedSampler(numbers, num_replicas=replicas, rank=rank, seed=seed)
+
+
+def own_steps(
+    samples: int, batch_size: int, streams: int, rank: int, world_size: int, order: torch.Tensor
+) -> list[set[int]]:
+    """The samples that one rank uses in each step; fails if it uses one twice."""
+    everything = torch.arange(samples)
+    sharding = Sharding(samples, batch_size, streams, rank, world_size)
+    shares = streams_of(Dataset(everything, everything), order, sharding)
+    steps = []
+    for step in range(sharding.steps):
+        used: list[int] = []
+        for stream in sharding.owned():
+            start, stop = sharding.bounds(step, stream)
+            assert 0 <= start <= stop <= len(shares[stream].inputs)
+            used += shares[stream].inputs[start:stop].tolist()
+        assert len(set(used)) == len(used)
+        steps.append(set(used))
+    return steps
+
+
+@few
+@given(samples=SAMPLES, seed=SEEDS, epoch=EPOCHS)
+def test_the_order_is_that_of_distributed_sampler(samples: int, seed: int, epoch: int) -> None:
+    theirs = distributed_sampler(samples, 1, 0, seed)
+    theirs.set_epoch(epoch)
+    order = TensorSampler(samples, seed=seed).order(epoch)
+    assert order.dtype == torch.int64
+    assert order.tolist() == list(theirs)
+
+
+@few
+@given(samples=SAMPLES, streams=STREAMS, seed=SEEDS, epoch=EPOCHS)
+def test_a_stream_is_what_distributed_sampler_gives_a_replica(
+    samples: int, streams: int, seed: int, epoch: int
+) -> None:
+    order = TensorSampler(samples, seed=seed).order(epoch)
+    everything = torch.arange(samples)
+    shares = streams_of(Dataset(everything, everything), order, Sharding(samples, samples, streams, 0, 1))
+    for stream in range(streams):
+        theirs = distributed_sampler(samples, streams, stream, seed)
+        theirs.set_epoch(epoch)
+        padded = list(theirs)
+        unpadded = [index for turn, index in enumerate(padded) if stream + turn * streams < samples]
+        assert shares[stream].inputs.tolist() == unpadded
+
+
+@few
+@given(samples=SAMPLES, batch_size=BATCH_SIZES, streams=STREAMS, world_size=WORLD_SIZES, seed=SEEDS, epoch=EPOCHS)
+def test_each_step_takes_the_same_samples_in_every_world(
+    samples: int, batch_size: int, streams: int, world_size: int, seed: int, epoch: int
+) -> None:
+    order = TensorSampler(samples, seed=seed).order(epoch)
+    ranks = [own_steps(samples, batch_size, streams, rank, world_size, order) for rank in range(world_size)]
+    shuffled = order.tolist()
+    batches = [set(shuffled[first : first + batch_size]) for first in range(0, samples, batch_size)]
+    assert {len(steps) for steps in ranks} == {len(batches)}  # all ranks take part in all steps
+    for step, batch in enumerate(batches):
+        shares = [steps[step] for steps in ranks]
+        assert set().union(*shares) == batch
+        assert sum(map(len, shares)) == len(batch)  # nobody else has what one has
+
+
+@few
+@given(samples=SAMPLES, batch_size=BATCH_SIZES, streams=STREAMS, world_size=WORLD_SIZES)
+def test_each_sample_is_used_once_per_epoch(samples: int, batch_size: int, streams: int, world_size: int) -> None:
+    in_place = torch.arange(samples)
+    used = [
+        index
+        for rank in range(world_size)
+        for step in own_steps(samples, batch_size, streams, rank, world_size, in_place)
+        for index in step
+    ]
+    assert sorted(used) == list(range(samples))
+
+
+@given(samples=SAMPLES, batch_size=BATCH_SIZES)
+def test_step_sizes_add_up(samples: int, batch_size: int) -> None:
+    sharding = Sharding(samples, batch_size, 8, 0, 1)
+    sizes = [sharding.step_size(step) for step in range(sharding.steps)]
+    assert sum(sizes) == samples == sharding.seen(sharding.steps)
+    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
+    assert 1 <= sizes[-1] <= batch_size
+
+
+@given(samples=SAMPLES, batch_size=BATCH_SIZES, streams=STREAMS)
+def test_the_streams_of_a_step_differ_by_one_sample_at_most(samples: int, batch_size: int, streams: int) -> None:
+    sharding = Sharding(samples, batch_size, streams, 0, 1)
+    for step in range(sharding.steps):
+        bounds = [sharding.bounds(step, stream) for stream in range(streams)]
+        sizes = [stop - start for start, stop in bounds]
+        assert max(sizes) - min(sizes) <= 1
+        assert sum(sizes) == sharding.step_size(step)
+
+
+def test_each_stream_has_one_rank() -> None:
+    owned = [list(Sharding(100, 10, 8, rank, 3).owned()) for rank in range(3)]
+    assert owned == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert list(Sharding(100, 10, 2, 2, 3).owned()) == []
+
+
+def test_epochs_differ_and_repeat() -> None:
+    sampler = TensorSampler(1000, seed=42)
+    first, second = sampler.order(0), sampler.order(1)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, TensorSampler(1000, seed=42).order(0))
+    assert not torch.equal(first, TensorSampler(1000, seed=43).order(0))
+
+
+@pytest.mark.timeout(120)
+def test_ten_million_samples_make_no_list() -> None:
+    samples = 10**7
+    sharding = Sharding(samples, 1000, 8, 1, 4)
+    everything = torch.arange(samples)
+    started = time.process_time()
+    tracemalloc.start()
+    try:
+        order = TensorSampler(samples, seed=42).order(3)
+        shares = streams_of(Dataset(everything, everything), order, sharding)
+        for step in range(0, sharding.steps, 100):
+            sharding.bounds(step, 5)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20  # a list of the indices would take 80 MB and more; tensors are not counted here
+    assert time.process_time() - started < 20
+    assert sum(len(share.inputs) for share in shares.values()) == samples // 4
+    assert torch.equal(order.sort().values, everything)

@@ -1,0 +1,405 @@
+"""From the launcher's variables to ranks, and into a process group and out of it again."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ddp_circles.config import UserError
+from ddp_circles.world import Ranks, choose_device, fingerprint, is_lost_peer, open_world, pin_threads, read_ranks
+from tests.ranks import Job, run_ranks
+
+CPU = torch.device("cpu")
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "12345",
+    "TORCHELASTIC_RUN_ID": "night",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+SBATCH = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "4",
+    "SLURM_NNODES": "2",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+SRUN = SBATCH | {
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEPID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "MASTER_ADDR": "node1",
+}
+
+
+def without(environment: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+def test_no_launcher_is_one_process() -> None:
+    ranks = read_ranks({"PATH": "/bin", "HOSTNAME": "laptop"})
+    assert ranks == Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, nodes=1, job_id=None)
+    assert (ranks.is_main, ranks.launched, ranks.serves_store, ranks.store_address) == (True, False, False, None)
+
+
+def test_torchruns_variables() -> None:
+    ranks = read_ranks(TORCHRUN)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (5, 8, 1, 4)
+    assert (ranks.nodes, ranks.launcher, ranks.job_id, ranks.restarts) == (2, "torchrun", "night", 0)
+    assert (ranks.store_address, ranks.store_is_the_agents) == (("head", 12345), True)
+    assert (ranks.is_main, ranks.launched, ranks.serves_store) == (False, True, False)
+
+
+def test_the_environment_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert read_ranks() == read_ranks(TORCHRUN)
+
+
+def test_torchrun_within_a_slurm_step_comes_first() -> None:
+    ranks = read_ranks(SRUN | TORCHRUN)
+    assert (ranks.rank, ranks.world_size, ranks.launcher, ranks.job_id) == (5, 8, "torchrun", "night")
+
+
+@pytest.mark.parametrize("run_id", ["none", "", None])
+def test_a_run_id_of_none_is_no_name(run_id: str | None) -> None:
+    environment = without(TORCHRUN, "TORCHELASTIC_RUN_ID") | ({} if run_id is None else {"TORCHELASTIC_RUN_ID": run_id})
+    assert read_ranks(environment).job_id is None
+    assert read_ranks(environment | SBATCH).job_id == "77"
+
+
+def test_a_store_without_agent_is_served_by_rank_0() -> None:
+    own = without(TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE")
+    assert not read_ranks(own).serves_store
+    assert read_ranks(own | {"RANK": "0", "LOCAL_RANK": "0"}).serves_store
+    assert not read_ranks(TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).serves_store
+
+
+def test_the_slurm_steps_variables() -> None:
+    ranks = read_ranks(SRUN)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (3, 4, 1, 2)
+    assert (ranks.nodes, ranks.launcher, ranks.job_id) == (2, "srun", "77")
+    assert ranks.store_address is not None
+    host, port = ranks.store_address
+    assert host == "node1"
+    assert 1024 < port < 65536
+    assert (ranks.is_main, ranks.launched, ranks.serves_store) == (False, True, False)
+
+
+def test_all_ranks_of_a_step_meet_at_one_address_and_other_steps_elsewhere() -> None:
+    def address(**changes: str) -> tuple[str, int] | None:
+        return read_ranks(SRUN | changes).store_address
+
+    first = address(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0")
+    assert first == address()
+    assert first != address(SLURM_STEP_ID="4")
+    assert first != address(SLURM_JOB_ID="78")
+    assert address(MASTER_PORT="4444") == ("node1", 4444)
+    assert read_ranks(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}).serves_store
+
+
+@pytest.mark.parametrize(
+    "tasks_per_node, node, local_id, expected",
+    [("2(x2)", 1, 1, 2), ("3,1", 0, 2, 3), ("3,1", 1, 0, 1), ("1(x2),2", 2, 1, 2), ("4", 0, 3, 4)],
+)
+def test_tasks_per_node_in_slurms_short_form(tasks_per_node: str, node: int, local_id: int, expected: int) -> None:
+    changes = {
+        "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
+        "SLURM_NODEID": str(node),
+        "SLURM_LOCALID": str(local_id),
+        "SLURM_STEP_NUM_NODES": str({"4": 1, "1(x2),2": 3}.get(tasks_per_node, 2)),
+    }
+    assert read_ranks(SRUN | changes).local_world_size == expected
+
+
+def test_a_step_on_one_node_meets_on_loopback() -> None:
+    one_node = {
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4",
+        "SLURM_NODEID": "0",
+        "SLURM_LOCALID": "3",
+    }
+    ranks = read_ranks(without(SRUN, "MASTER_ADDR") | one_node)
+    assert ranks.store_address is not None
+    assert ranks.store_address[0] == "127.0.0.1"
+
+
+def test_a_step_of_one_task_is_a_world_of_one() -> None:
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NUM_NODES": "1"}
+    ranks = read_ranks(SRUN | one | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
+    assert (ranks.world_size, ranks.store_address, ranks.job_id, ranks.launched) == (1, None, "77", True)
+
+
+def test_the_first_node_is_asked_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    ranks = read_ranks(without(SRUN, "MASTER_ADDR"))
+    assert ranks.store_address is not None
+    assert ranks.store_address[0] == "node1"
+
+
+def test_without_scontrol_the_error_names_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        read_ranks(without(SRUN, "MASTER_ADDR"))
+
+
+def test_sbatch_without_srun_is_one_process() -> None:
+    ranks = read_ranks(SBATCH)
+    assert (ranks.world_size, ranks.launcher, ranks.launched, ranks.job_id) == (1, "one process", False, "77")
+
+
+@pytest.mark.parametrize(
+    "environment, named",
+    [
+        (TORCHRUN | {"RANK": "8"}, "rank 8 of 8"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4 of 4"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "local rank 1 of 9"),
+        (TORCHRUN | {"RANK": "first"}, "RANK .*'first'"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK .*'-1'"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT .*'http'"),
+        (without(TORCHRUN, "WORLD_SIZE"), "WORLD_SIZE"),
+        (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT"),
+        (without(TORCHRUN, "RANK"), "WORLD_SIZE is set without RANK"),
+        (SRUN | {"WORLD_SIZE": "8"}, "WORLD_SIZE"),
+        (SRUN | {"SLURM_PROCID": "4"}, "rank 4 of 4"),
+        (SRUN | {"SLURM_LOCALID": "2"}, "local rank 2 of 2"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "three"}, "SLURM_STEP_NUM_TASKS"),
+        (without(SRUN, "SLURM_PROCID"), "SLURM_PROCID"),
+        (without(SRUN, "SLURM_JOB_ID"), "SLURM_JOB_ID"),
+        (SRUN | {"SLURM_NODEID": "2"}, "SLURM_NODEID 2"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}, "SLURM_STEP_TASKS_PER_NODE '2,1'"),
+        (without(SRUN, "SLURM_STEP_TASKS_PER_NODE"), "SLURM_NODEID 1"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "SLURM_STEP_TASKS_PER_NODE"),
+    ],
+)
+def test_contradictions_are_errors(environment: dict[str, str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        read_ranks(environment)
+
+
+def test_restarts_between_nodes_need_a_store_of_their_own() -> None:
+    restarted = TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    ranks = read_ranks(restarted)
+    assert ranks.restarts == 1
+    with (
+        pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        open_world(ranks, CPU, "gloo", 1),
+    ):
+        pass
+
+
+THREADS_PROGRAM = """
+from ddp_circles.world import pin_threads
+pin_threads(2)
+import os, torch
+print(torch.get_num_threads(), *(os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")))
+"""
+
+
+@pytest.mark.parametrize("inherited", [{}, {"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "5"}])
+def test_threads_do_not_depend_on_the_launcher(inherited: dict[str, str]) -> None:
+    """torchrun sets OMP_NUM_THREADS to 1 where it is not set."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_PROGRAM],
+        env=os.environ | inherited,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.stdout, done.stderr) == ("2 2 2\n", "")
+
+
+def pinned() -> int:
+    pin_threads(3)
+    return torch.get_num_threads()
+
+
+def test_threads_are_pinned_after_torch_is_imported_too() -> None:
+    assert run_ranks(pinned, 2) == [3, 3]
+
+
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, nccl: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
+
+
+@pytest.mark.parametrize("nccl", [True, False])
+@pytest.mark.parametrize(
+    "device, backend, flag",
+    [("cuda", "auto", "--device cuda"), ("cuda", "gloo", "--device cuda"), ("auto", "nccl", "--backend nccl"),
+     ("cpu", "nccl", "--backend nccl")],
+)  # fmt: skip
+def test_what_is_absent_is_refused_by_flag(
+    device: str, backend: str, flag: str, nccl: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpus(monkeypatch, 0, nccl=nccl)
+    with pytest.raises(UserError, match=flag):
+        choose_device(device, backend, Ranks())
+
+
+def test_nccl_on_the_cpu_is_refused_even_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, 2)
+    with pytest.raises(UserError, match="--backend nccl"):
+        choose_device("cpu", "nccl", Ranks())
+
+
+@pytest.mark.parametrize(
+    "gpus, device, backend, chosen",
+    [
+        (0, "auto", "auto", ("cpu", "gloo")),
+        (0, "cpu", "gloo", ("cpu", "gloo")),
+        (2, "auto", "auto", ("cuda:1", "nccl")),
+        (2, "cuda", "gloo", ("cuda:1", "gloo")),
+        (2, "cpu", "auto", ("cpu", "gloo")),
+    ],
+)
+def test_device_and_backend(
+    gpus: int, device: str, backend: str, chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpus(monkeypatch, gpus)
+    torch_device, name = choose_device(device, backend, Ranks(rank=3, world_size=4, local_rank=1, local_world_size=2))
+    assert (str(torch_device), name) == chosen
+
+
+def test_ranks_share_gpus_with_gloo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpus(monkeypatch, 2)
+    third = Ranks(rank=2, world_size=4, local_rank=2, local_world_size=4)
+    assert choose_device("cuda", "gloo", third) == (torch.device("cuda:0"), "gloo")
+    with pytest.raises(UserError, match="--backend gloo"):
+        choose_device("cuda", "auto", third)
+
+
+def use_world() -> dict[str, Any]:
+    """Open the world of this rank, use it, leave it; twice by an error."""
+    seen: dict[str, Any] = {}
+    ranks = read_ranks()
+    with open_world(ranks, CPU, "gloo", 30) as world:
+        seen["open"] = (dist.is_initialized(), dist.get_rank(), dist.get_world_size(), dist.get_backend())
+        seen["sum"] = world.sum(torch.tensor([2**53 + 1, ranks.rank])).tolist()
+        seen["gather"] = world.gather({"rank": ranks.rank})
+        seen["broadcast"] = world.broadcast([f"from {ranks.rank}"])
+        seen["first"] = world.agree_on_first(f"word of {ranks.rank}")
+        seen["again"] = world.agree_on_first("another word")
+        seen["words"] = world.describe()
+    seen["closed"] = not dist.is_initialized()
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_world_opens_and_closes(size: int) -> None:
+    results = run_ranks(use_world, size)
+    for rank, seen in enumerate(results):
+        assert seen["open"] == (True, rank, size, "gloo")
+        assert seen["sum"] == [size * (2**53 + 1), sum(range(size))]  # beyond what float64 holds
+        assert seen["gather"] == [{"rank": other} for other in range(size)]
+        assert seen["broadcast"] == ["from 0"]
+        assert seen["first"] == results[0]["first"] == seen["again"]
+        assert seen["words"] == f"{size} rank{'s' * (size > 1)} (torchrun), cpu, gloo"
+        assert seen["closed"]
+    assert results[0]["first"] in [f"word of {rank}" for rank in range(size)]
+
+
+def leave_by_error() -> bool:
+    try:
+        with open_world(read_ranks(), CPU, "gloo", 30):
+            raise LookupError
+    except LookupError:
+        return not dist.is_initialized()
+
+
+def test_a_world_closes_after_an_error() -> None:
+    assert run_ranks(leave_by_error, 2) == [True, True]
+
+
+def be_alone() -> tuple[int, list[int], bool]:
+    with open_world(Ranks(), CPU, "gloo", 30) as world:
+        size, total = dist.get_world_size(), torch.tensor([7])
+        dist.all_reduce(total)
+        world.gather(None)
+    return size, total.tolist(), dist.is_initialized()
+
+
+def test_one_process_is_a_world_too() -> None:
+    assert run_ranks(be_alone, 1) == [(1, [7], False)]
+
+
+def use_loopback() -> str:
+    with open_world(read_ranks(), CPU, "gloo", 30):
+        return os.environ["GLOO_SOCKET_IFNAME"]
+
+
+def test_gloo_uses_loopback_on_one_node_unless_told_otherwise() -> None:
+    assert run_ranks(use_loopback, 2) == ["lo", "lo"]
+    assert run_ranks(use_loopback, 1, environment={"GLOO_SOCKET_IFNAME": "lo,lo"}) == ["lo,lo"]
+
+
+def meet_nobody() -> tuple[float, str]:
+    started = time.monotonic()
+    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), CPU, "gloo", 2):
+        pass
+    assert is_lost_peer(refused.value)
+    return time.monotonic() - started, str(refused.value)
+
+
+def test_a_rank_that_never_comes_is_missed_in_time() -> None:
+    with Job(meet_nobody, 1, environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}) as job:
+        [outcome] = job.wait(60)
+    assert outcome.code == 0, outcome.output
+    seconds, message = outcome.value
+    assert seconds < 20
+    assert "rank 0 did not find the other 1 ranks" in message
+    assert "GLOO_SOCKET_IFNAME" in message
+
+
+def lose_peer() -> bool:
+    ranks = read_ranks()
+    with open_world(ranks, CPU, "gloo", 30) as world:
+        world.gather(None)
+        if ranks.rank == 1:
+            os._exit(0)
+        with pytest.raises(RuntimeError) as failed:
+            world.sum(torch.zeros(1, dtype=torch.int64))
+    return is_lost_peer(failed.value)
+
+
+def test_a_lost_peer_is_told_from_other_errors() -> None:
+    with Job(lose_peer, 2) as job:
+        survivor, _ = job.wait(60)
+    assert (survivor.code, survivor.value) == (0, True), survivor.output
+    assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lost_peer(ValueError("Gloo"))
+
+
+def test_the_fingerprint_names_what_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    marks = fingerprint(CPU, 3)
+    assert (marks["torch"], marks["device"], marks["threads"]) == (torch.__version__, "cpu", "3")
+    assert marks["instruction_set"] == torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert fingerprint(CPU, 3) != marks
