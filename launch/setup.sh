@@ -1,7 +1,7 @@
 # Sourced by the launch scripts: make the virtual environment where it is missing or out of date, and enter it.
 # shellcheck shell=bash
 project=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export VIRTUAL_ENV="$project/.venv" PATH="$project/.venv/bin:$PATH"
+export VIRTUAL_ENV="$project/.venv"
 
 install_environment() (
     flock 9 # several launches at once: one installs, the others wait
@@ -9,12 +9,14 @@ install_environment() (
     [ "$(cat "$VIRTUAL_ENV/stamp" 2>/dev/null)" = "$stamp" ] && return
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "error: Python 3.11 or newer is needed, $(python3 --version) was found" >&2
-        return 2
+        exit 2
     }
     echo "setting up $VIRTUAL_ENV" >&2
     python3 -m venv --clear "$VIRTUAL_ENV"
-    python3 -m pip install --quiet -c "$project/constraints.txt" -e "$project[test]"
+    "$VIRTUAL_ENV/bin/python3" -m pip install --quiet -c "$project/constraints.txt" -e "$project[test]"
     echo "$stamp" >"$VIRTUAL_ENV/stamp"
 ) 9>"$project/.setup.lock"
 
 install_environment
+export PATH="$VIRTUAL_ENV/bin:$PATH"
+hash -r # where python3 was found before counts no more
