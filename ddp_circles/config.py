@@ -179,7 +179,7 @@ def _check_ranges(config: Config) -> None:
         expected = f"{least} or more" if most == math.inf else f"between {least} and {most}"
         require(least <= getattr(config, field) <= most, field, expected)
 
-    for field in ("epochs", "batch_size", "checkpoint_steps"):
+    for field in ("batch_size", "checkpoint_steps"):
         whole(field, 0)
     for field in ("seed", "data_seed"):
         whole(field, 0, 2**32 - 1)

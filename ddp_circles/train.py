@@ -203,6 +203,7 @@ def _fit_in_world(
                     summary=_summary(config, world, start, recorder, progress, len(split.train.inputs)),
                     draw=lambda folder: _draw(config, bare, split, start, folder),
                 )
+            _say(world, f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {start.path}")
         return Result(bare, recorder.metrics, start.path, world.ranks.is_main)
     finally:
         if start.run_dir is not None:

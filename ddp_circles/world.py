@@ -5,6 +5,7 @@ The only module that reads launcher variables and the only one that creates or d
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -258,7 +259,7 @@ def open_world(ranks: Ranks, device: "torch.device", backend: str, timeout: floa
             timeout=timedelta(seconds=timeout),
             device_id=device if device.type == "cuda" else None,
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         card = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
         raise ConnectionError(
             f"rank {ranks.rank} did not find the other {ranks.world_size - 1} ranks at {ranks.store_address}: {error}\n"
@@ -282,6 +283,9 @@ def _open_store(ranks: Ranks, timeout: timedelta) -> "Store":
             "without it the ranks meet at stale addresses (launch/multi_node.sh sets it)"
         )
     host, port = ranks.store_address
+    if ranks.store_is_the_agents:
+        # It stood before this process began: if nobody answers, the launcher is gone, and waiting is in vain.
+        socket.create_connection((host, port), timeout.total_seconds()).close()
     serves = ranks.serves_store
     store = TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)
     return PrefixStore(f"start {ranks.restarts}", store)

@@ -6,4 +6,5 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || gpus=4
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # what torchrun would choose, with less to say about it
 exec torchrun --standalone --nproc-per-node="${RANKS:-$gpus}" -m ddp_circles.train "$@"

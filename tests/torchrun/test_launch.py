@@ -1,9 +1,7 @@
 """The real torchrun: the same files as a plain start, and a job that ends soon and says why, once."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -38,17 +36,13 @@ class Ended:
 @contextmanager
 def reaped(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     """Leave nothing of `process` behind: torchrun's workers are in process groups of their own."""
-    family = []
     try:
         yield
-    except subprocess.TimeoutExpired:
-        family = psutil.Process(process.pid).children(recursive=True)
-        raise
     finally:
-        for member in family:
-            member.kill()
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            agent = psutil.Process(process.pid)
+            for member in [*agent.children(recursive=True), agent]:
+                member.kill()
         process.wait()
 
 

@@ -3,6 +3,7 @@
 import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,15 @@ def test_fast_runs_stop_where_the_ranks_agree(tmp_path: Path) -> None:
 # ---- real processes
 
 
-def catches(process: psutil.Process, number: int) -> bool:
-    """Whether the process has a handler for the signal."""
-    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-        if line.startswith("SigCgt:"):
-            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
+def signals(pid: int, kind: str) -> int:
+    """One of the kernel's sets of signals for a process, as bits; see proc(5)."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(kind)]
+    return int(line.split()[1], 16)
+
+
+def listens(pid: int) -> bool:
+    """Whether the process has taken over the last of the three signals; Python itself catches SIGINT."""
+    return bool(signals(pid, "SigCgt") >> (STOP_SIGNALS[-1] - 1) & 1)
 
 
 def has_loaded_torch(process: psutil.Process) -> bool:
@@ -143,7 +147,7 @@ def test_stopped_before_torch_is_there_and_continued_by_the_printed_command(tmp_
         extra = ("--resume=never",) if number == signal.SIGINT else ()
         with plain(tmp_path / f"log {number}", run_dir, *TINY, *extra) as command:
             process = psutil.Process(command.process.pid)
-            command.wait_until(lambda: catches(process, number))  # noqa: B023 - called at once
+            command.wait_until(partial(listens, process.pid))
             early = not has_loaded_torch(process)
             process.send_signal(number)
             assert command.wait(60) == 75
@@ -167,15 +171,10 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     with plain(tmp_path / "log", tmp_path / "run", *LONG, "--fault=stall@0:20") as command:
         command.wait_until((tmp_path / "run" / "fault").exists)
         command.process.send_signal(signal.SIGINT)
-        command.wait_until(lambda: not signal_pending(command.process.pid))
+        command.wait_until(lambda: not signals(command.process.pid, "ShdPnd"))
         command.process.send_signal(signal.SIGINT)
         assert command.wait(10) == -signal.SIGINT
     assert "Traceback" not in command.output
-
-
-def signal_pending(pid: int) -> bool:
-    fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return any(int(fields[name], 16) >> (signal.SIGINT - 1) & 1 for name in ("SigPnd", "ShdPnd"))
 
 
 def test_a_stop_of_torchrun_stops_its_workers_and_prints_its_command(tmp_path: Path, alone: Bits) -> None:
@@ -196,16 +195,13 @@ def test_a_stop_of_torchrun_stops_its_workers_and_prints_its_command(tmp_path: P
     (line,) = [line for line in command.output.splitlines() if "to continue" in line]
     assert line == f"stopped after step {checkpoint_steps(run_dir)[0]}; to continue: {continuing}"
     assert "lost a peer" not in command.output
-    assert finish(3, run_dir, *LONG, f"--epochs={len_of_epochs(run_dir) + 2}").rows[:4] == alone.rows
-
-
-def len_of_epochs(run_dir: Path) -> int:
-    return int(newest_state(run_dir)["epoch"])
+    epochs = newest_state(run_dir)["epoch"] + 4
+    assert finish(3, run_dir, *LONG, f"--epochs={epochs}").rows[:4] == alone.rows
 
 
 def test_a_stop_of_one_worker_stops_them_all_and_torchrun_ends_well(tmp_path: Path) -> None:
     with torchrun(tmp_path / "log", 2, tmp_path / "run", *LONG, options=("--max-restarts=3",)) as command:
-        command.wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+        command.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
         command.workers()[1].send_signal(signal.SIGUSR1)
         assert command.wait(30) == 0
     assert status(tmp_path / "run") == "stopped"

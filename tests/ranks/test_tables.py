@@ -1,0 +1,50 @@
+"""The tutorial's published results, digit for digit, at every number of ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import train_on
+
+TABLES = json.loads((Path(__file__).parents[1] / "data" / "published_tables.json").read_text())
+QUIET = ("--wandb", "disabled", "--no-plots")
+
+
+def printed(size: int, run_dir: Path, *flags: object) -> list[str]:
+    """The epochs' lines on the console; fails if another rank than 0 speaks."""
+    speaker, *others = train_on(size, "--run-dir", run_dir, *QUIET, *flags, timeout=280)
+    assert [speaker.code, *(other.code for other in others)] == [0] * size, speaker.output
+    assert [other.output for other in others] == [""] * len(others)
+    return [line for line in speaker.output.splitlines() if line.startswith("Epoch:")]
+
+
+def published(name: str) -> list[str]:
+    words = "Epoch: {} | Loss: {:.5f}, Acc: {:.2f}% | Test loss: {:.5f}, Test acc: {:.2f}%"
+    return [words.format(*row) for row in TABLES[name]]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["model_1", "model_3", "model_4"])
+def test_every_published_row_is_printed(name: str, size: int, tmp_path: Path) -> None:
+    through_last_row = () if size == 1 else ("--epochs", TABLES[name][-1][0] + 1)
+    assert printed(size, tmp_path, "--recipe", name, *through_last_row) == published(name)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name, size", [("model_1", 2), ("model_1", 3), ("model_4", 2), ("model_4", 3), ("model_4", 4)])
+def test_every_published_row_is_printed_in_fast_mode(name: str, size: int, tmp_path: Path) -> None:
+    through_last_row = ("--epochs", TABLES[name][-1][0] + 1)
+    assert printed(size, tmp_path, "--recipe", name, "--reduction", "fast", *through_last_row) == published(name)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_model_0_finds_that_a_line_cannot_part_circles(size: int, tmp_path: Path) -> None:
+    lines = printed(size, tmp_path, "--recipe", "model_0")
+    assert [line.split()[1] for line in lines] == [str(row[0]) for row in TABLES["model_0_seed"]]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epoch"] == 99
+    for part in ("train", "test"):
+        assert last[f"{part}/loss"] == pytest.approx(0.693, abs=0.005)
+        assert last[f"{part}/accuracy"] == pytest.approx(0.5, abs=0.05)

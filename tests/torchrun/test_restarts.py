@@ -1,0 +1,71 @@
+"""Under real launchers: restarts that finish by themselves, failures that end the job, and launchers that vanish."""
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.runs import PLAIN, Bits, Command, bits, checkpoint_steps, finish, status, torchrun
+
+SETTINGS = ("--n-samples=125", "--batch-size=16", "--epochs=35", "--checkpoint-steps=50")
+"""245 steps."""
+LONG = (*SETTINGS, "--epochs=100000")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Bits:
+    """The bits of a run without any launcher or fault."""
+    return finish(PLAIN, tmp_path_factory.mktemp("alone"), *SETTINGS)
+
+
+def test_a_killed_rank_is_restarted_to_the_same_bits(tmp_path: Path, alone: Bits) -> None:
+    options = ("--max-restarts=3",)
+    with torchrun(tmp_path / "log", 3, tmp_path / "run", *SETTINGS, "--fault=kill@1:200", options=options) as command:
+        assert command.wait(100) == 0, command.output
+    assert bits(tmp_path / "run") == alone
+    assert "continue after step 200" in command.output
+    for rank in (0, 2):
+        assert re.search(rf"^rank {rank}: lost a peer: rank 1 \(host ", command.output, re.MULTILINE), command.output
+
+
+def test_a_rank_that_raises_ends_the_job_with_one_labelled_traceback(tmp_path: Path) -> None:
+    with torchrun(tmp_path / "log", 3, tmp_path / "run", *LONG, "--fault=raise@1:20") as command:
+        command.wait_until((tmp_path / "run" / "fault").exists)
+        assert command.wait(20) == 1
+    assert command.output.count("InjectedFaultError: --fault asked for this in step 20") == 1
+    assert command.output.count("Traceback (most recent call last):\n  File") == 1
+    (label,) = re.findall(r"\[\d\]:\n.*\n.*\n +rank +: (\d+)[^\[]*Traceback", command.output)
+    assert label == "1"
+    for rank in (0, 2):
+        named = rf"^rank {rank}: lost a peer: rank 1 \(host \S+\) raised InjectedFaultError, last seen in train"
+        assert len(re.findall(named, command.output, re.MULTILINE)) == 1, command.output
+    assert status(tmp_path / "run") == "failed"
+
+
+def is_training(command: Command, run_dir: Path) -> bool:
+    return len(command.workers()) == 2 and run_dir.exists() and bool(checkpoint_steps(run_dir))
+
+
+def has_just_started(command: Command, run_dir: Path) -> bool:
+    return len(command.workers()) == 2 and not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("moment", "seconds"),
+    [(is_training, 10), (has_just_started, 30)],  # the import of torch takes its time on a busy machine
+)
+def test_no_worker_outlives_a_killed_launcher(
+    tmp_path: Path, moment: Callable[[Command, Path], bool], seconds: float
+) -> None:
+    run_dir = tmp_path / "run"
+    with torchrun(tmp_path / "log", 2, run_dir, *LONG) as command:
+        command.wait_until(lambda: moment(command, run_dir))
+        workers = command.workers()
+        os.killpg(command.process.pid, signal.SIGKILL)
+        gone, alive = psutil.wait_procs(workers, timeout=seconds)
+        assert (len(gone), alive) == (2, []), command.output
+    finish(1, run_dir, *LONG, "--epochs=40")
