@@ -183,6 +183,7 @@ def _check_ranges(config: Config) -> None:
         whole(field, 0)
     for field in ("seed", "data_seed"):
         whole(field, 0, 2**32 - 1)
+    whole("epochs", 1)
     whole("log_every", 1)
     whole("n_samples", 2, MOST_SAMPLES)
     whole("micro_batches", 1, MOST_MICRO_BATCHES)

@@ -249,7 +249,7 @@ class Cluster:
         while (job := self.job(job_id)).state not in wanted:
             if job.state in FINAL_STATES or time.monotonic() > end:
                 raise ClusterError(f"job {job_id} is {job.state}, wanted {' or '.join(sorted(wanted))}{self._logs()}")
-            time.sleep(0.2)
+            time.sleep(0.4)
         return job
 
     def cancel_all(self) -> None:

@@ -70,7 +70,7 @@ INTERRUPTIONS = {
     "time limit": Interruption(reach_the_time_limit, slice(1), options=("--time=60", "--signal=B:USR1@600")),
     "scancel --signal=USR1": Interruption(scancel_with_usr1, slice(2)),
     "preemption": Interruption(preempt, slice(2, 3)),
-    "requeue": Interruption(requeue, slice(2), log_line="DUE TO JOB REQUEUE"),
+    "requeue": Interruption(requeue, slice(1), log_line="DUE TO JOB REQUEUE"),
     "scancel --signal=USR1 without torchrun": Interruption(
         scancel_with_usr1, slice(2), script="srun.sbatch", options=("--ntasks-per-node=1",)
     ),

@@ -12,38 +12,48 @@ pytestmark = pytest.mark.timeout(200)
 Submit = Callable[..., Training]
 
 
-def test_torchrun_and_srun_on_two_nodes_give_the_plain_runs_model(
-    submit: Submit, cluster: Cluster, undisturbed: Undisturbed
+@pytest.fixture(scope="module")
+def side_by_side(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Training, Job]]:
+    """Both batch scripts with four ranks each, at the same time on the same two nodes, after their end.
+
+    torchrun starts as many ranks on a node as Slurm counts GPUs there.
+    """
+    nodes = ("--nodes=2", f"--nodelist={','.join(cluster.nodes[:2])}")
+    folder = tmp_path_factory.mktemp("jobs")
+    trainings = {
+        "torchrun": Training.submit(
+            cluster, folder, options=(*nodes, "--gpus-per-node=2"), variables={"RANKS_PER_NODE": ""}
+        ),
+        "srun": Training.submit(cluster, folder, options=(*nodes, "--ntasks-per-node=2"), script="srun.sbatch"),
+    }
+    try:
+        return {launcher: (training, training.wait()) for launcher, training in trainings.items()}
+    finally:
+        for training in trainings.values():
+            training.cancel()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_four_ranks_on_two_nodes_give_the_plain_runs_model(
+    launcher: str, side_by_side: dict[str, tuple[Training, Job]], undisturbed: Undisturbed
 ) -> None:
-    nodes = f"--nodelist={','.join(cluster.nodes[:2])}"
-    with_torchrun = submit(options=("--nodes=2", "--gpus-per-node=2", nodes), variables={"RANKS_PER_NODE": ""})
-    with_srun = submit(options=("--nodes=2", "--ntasks-per-node=2", nodes), script="srun.sbatch")
-    jobs = [training.wait() for training in (with_torchrun, with_srun)]
-    assert_side_by_side(jobs)
-    for training, job in zip((with_torchrun, with_srun), jobs, strict=True):
-        assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 0), training.log
-        assert training.summary["world_size"] == 4
-        assert training.model == undisturbed.model
-        assert read_rows(training.run_dir) == undisturbed.rows
+    training, job = side_by_side[launcher]
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 0), training.log
+    assert f"start: 4 ranks on 2 nodes ({launcher})" in training.log
+    assert training.summary["world_size"] == 4
+    assert training.model == undisturbed.model
+    assert read_rows(training.run_dir) == undisturbed.rows
 
 
-def test_two_jobs_of_one_user_on_one_node_do_not_collide(
-    submit: Submit, cluster: Cluster, undisturbed: Undisturbed
+def test_two_jobs_of_one_user_on_the_same_nodes_do_not_collide(
+    side_by_side: dict[str, tuple[Training, Job]],
 ) -> None:
-    node = f"--nodelist={cluster.nodes[0]}"
-    trainings = [submit(options=(node,)), submit(options=(node,))]
-    jobs = [training.wait() for training in trainings]
-
-    assert {job.fields["NodeList"] for job in jobs} == {cluster.nodes[0]}
-    assert_side_by_side(jobs)
-    assert trainings[0].run_dir != trainings[1].run_dir
-    for training in trainings:
-        assert training.status == "finished", training.log
-        assert training.model == undisturbed.model
-
-
-def assert_side_by_side(jobs: list[Job]) -> None:
+    trainings, jobs = zip(*side_by_side.values(), strict=True)
+    assert len({job.fields["NodeList"] for job in jobs}) == 1
     assert max(job.fields["StartTime"] for job in jobs) < min(job.fields["EndTime"] for job in jobs)
+    assert len({training.run_dir for training in trainings}) == 2
+    assert [training.status for training in trainings] == ["finished", "finished"]
+    assert not any("retry" in training.log for training in trainings)
 
 
 @pytest.mark.parametrize(("script", "code"), [("train.sbatch", 1), ("srun.sbatch", 2)])

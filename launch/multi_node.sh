@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Train on several nodes without a scheduler. See --help.
+set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+Usage: bash launch/multi_node.sh --nodes N|MIN:MAX --head HOST[:PORT] --id NAME [options] [-- trainer's flags]
+
+Run the same line on each node, from the project's folder on a file system that all of them share. The nodes find each
+other at HOST, which is one of them, and train as one job into runs/NAME.
+
+  --nodes N         wait for N nodes
+  --nodes MIN:MAX   begin with MIN nodes or more; when one joins or leaves, all go on together from the last checkpoint
+  --head HOST:PORT  where the nodes meet: one of them, by a name that all of them know (port 29400 if none is given)
+  --id NAME         the job's name: the same on all nodes, and another for each job
+  --ranks N         ranks on this node (default: one per GPU, else four)
+  --max-restarts N  how often ranks that failed are started again from the last checkpoint (default: 3)
+  -h, --help        this text
+
+The results do not depend on the number of nodes. To stop: Ctrl-C on one node. To continue: the same line again.
+
+  bash launch/multi_node.sh --nodes 2 --head node1 --id circles-1 -- --epochs 100
+  bash launch/multi_node.sh --nodes 1:4 --head node1:29500 --id circles-2 -- --epochs 100 --checkpoint-seconds 10
+HELP
+}
+
+refuse() {
+    echo "error: $1 (bash launch/multi_node.sh --help shows more)" >&2
+    exit 2
+}
+
+nodes='' head='' id='' ranks='' max_restarts=3
+while (($#)); do
+    case $1 in
+        -h | --help) usage && exit ;;
+        --) shift && break ;;
+        --nodes | --head | --id | --ranks | --max-restarts) (($# > 1)) || refuse "$1 needs a value" ;;&
+        --nodes) nodes=$2 ;;
+        --head) head=$2 ;;
+        --id) id=$2 ;;
+        --ranks) ranks=$2 ;;
+        --max-restarts) max_restarts=$2 ;;
+        *) refuse "unknown argument '$1'; the trainer's flags go after --" ;;
+    esac
+    shift 2
+done
+
+[[ $nodes =~ ^([1-9][0-9]*)(:([1-9][0-9]*))?$ ]] || refuse "--nodes must be N or MIN:MAX, got '$nodes'"
+((BASH_REMATCH[1] <= ${BASH_REMATCH[3]:-BASH_REMATCH[1]})) || refuse "--nodes must be N or MIN:MAX, got '$nodes'"
+[[ $head =~ ^[^:/[:space:]]+(:[0-9]+)?$ ]] || refuse "--head must be HOST or HOST:PORT, got '$head'"
+[[ $id =~ ^[A-Za-z0-9._-]+$ && $id != none ]] || refuse "--id must be a name of letters, digits, '.', '_' or '-', got '$id'"
+[[ $ranks =~ ^([1-9][0-9]*)?$ ]] || refuse "--ranks must be a number above 0, got '$ranks'"
+[[ $max_restarts =~ ^[0-9]+$ ]] || refuse "--max-restarts must be a number, got '$max_restarts'"
+[[ $head == *:* ]] || head=$head:29400
+
+# shellcheck source=launch/setup.sh
+source "$(dirname "$0")/setup.sh"
+if [[ -z $ranks ]]; then
+    ranks=$(python3 -c 'import torch; print(torch.cuda.device_count() or 4)')
+fi
+
+# Ranks that are started again must meet in a store of their own: torchrun's outlives them and keeps stale addresses.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default, without its warning; --threads overrides it
+
+exec torchrun --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="$max_restarts" \
+    --rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-id="$id" \
+    -m ddp_circles.train "$@"

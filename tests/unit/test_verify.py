@@ -1,0 +1,517 @@
+"""The parts of `ddp_circles.verify` by themselves: patterns, whose fault it is, what is slow, what the report says."""
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._C._distributed_c10d import HashStore
+
+from ddp_circles.checks import collectives, inventory, oracle, speed
+from ddp_circles.checks.board import Alarm, Board
+from ddp_circles.checks.collectives import Case, Wrong
+from ddp_circles.checks.findings import Finding, failed, merged, spell_ranks, worst_first
+from ddp_circles.checks.injection import INTEGERS, Injection, Trouble, flip_once
+from ddp_circles.checks.oracle import Alone, Run, Together
+from ddp_circles.checks.report import Report
+from ddp_circles.checks.speed import Timing
+from ddp_circles.config import UserError
+from ddp_circles.fixed_point import GRADIENT_BITS, quantize
+from ddp_circles.models import loss_sum
+from ddp_circles.verify import Settings
+
+CPU = torch.device("cpu")
+WORLDS = st.one_of(st.integers(1, 40), st.sampled_from([100, 256, 257, 1000]))
+
+
+# ---- patterns
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    world_size=WORLDS,
+    dtype=st.sampled_from(list(collectives.DTYPES)),
+    seed=st.integers(0, 2**32 - 1),
+    start=st.integers(0, 5000),
+)
+def test_sum_and_maximum_are_those_of_the_contributions(world_size: int, dtype: str, seed: int, start: int) -> None:
+    for operation in ("all-reduce sum", "all-reduce max"):
+        case = Case(operation, dtype, seed, start + 7, start)
+        sent = [collectives.contribution(case, rank, world_size, CPU) for rank in range(world_size)]
+        exact = torch.stack(sent).to(torch.float64 if dtype != "int64" else torch.int64)
+        assert (exact >= 0).all()
+        assert (exact.sum(0) <= collectives.LIMITS[dtype]).all()  # so every partial sum is exact, in any order
+        result = exact.sum(0) if operation == "all-reduce sum" else exact.max(0).values
+        right = collectives.expected(case, world_size, CPU)
+        assert right.dtype == collectives.DTYPES[dtype]
+        assert torch.equal(right.to(exact.dtype), result)
+
+
+def test_ranks_contribute_different_numbers() -> None:
+    for dtype in collectives.DTYPES:
+        case = Case("all-reduce sum", dtype, 1, 64)
+        sent = [collectives.contribution(case, rank, 4, CPU).tolist() for rank in range(4)]
+        assert all(len(set(values)) == 4 for values in zip(*sent, strict=True))
+
+
+@pytest.mark.parametrize("operation", ["broadcast", "all-gather"])
+def test_what_is_moved_uses_every_bit(operation: str) -> None:
+    for dtype in collectives.DTYPES:
+        sent = collectives.contribution(Case(operation, dtype, 1, 4096), 1, 4, CPU)
+        integers = sent.view(INTEGERS[sent.dtype.itemsize])
+        for bit in range(8 * sent.dtype.itemsize):
+            assert 1500 < int(((integers >> bit) & 1).sum()) < 2600
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+@pytest.mark.parametrize("max_bytes", [1, 100, 4 * 2**20])
+def test_cases_go_from_one_element_to_the_largest_buffer(world_size: int, max_bytes: int) -> None:
+    todo = collectives.cases(world_size, max_bytes, collectives.DTYPES, 3)
+    for operation in collectives.OPERATIONS:
+        for dtype, kind in collectives.DTYPES.items():
+            sizes = [case.elements for case in todo if (case.operation, case.dtype) == (operation, dtype)]
+            most = max(1, max_bytes // kind.itemsize)
+            assert min(sizes) == 1
+            assert max(sizes) == (max(1, most // world_size) if operation == "all-gather" else most)
+    assert {case.root for case in todo if case.operation == "broadcast"} == set(range(world_size))
+
+
+def test_one_bit_is_found_wherever_it_is() -> None:
+    case = Case("all-gather", "float32", 5, 10)
+    right = collectives.expected(case, 3, CPU)
+    assert collectives.compare(case, 7, 2, right.clone(), right) == []
+    for offset in (0, 13, 29):
+        received = right.clone()
+        received.view(torch.int32)[offset] ^= 1 << 13
+        (wrong,) = collectives.compare(case, 7, 2, received, right)
+        assert (wrong.case, wrong.rank, wrong.count, wrong.sources) == (7, 2, 1, [offset // 10])
+        assert wrong.examples[0]["offset"] == offset
+        assert wrong.examples[0]["expected"] != wrong.examples[0]["seen"]
+
+
+def test_a_zero_with_a_sign_is_wrong() -> None:
+    case = Case("all-reduce sum", "float32", 5, 2)
+    (wrong,) = collectives.compare(case, 0, 0, torch.tensor([1.0, -0.0]), torch.tensor([1.0, 0.0]))
+    assert wrong.examples == [{"offset": 1, "expected": "0.0", "seen": "-0.0"}]
+
+
+# ---- whose fault a wrong collective is
+
+SUM, MOVED = Case("all-reduce sum", "float32", 0, 40), Case("broadcast", "int64", 0, 40, root=1)
+GATHER = Case("all-gather", "int64", 0, 40)
+
+
+def wrong(case: int, rank: int, *sources: int, offset: int = 0) -> Wrong:
+    return Wrong(case, rank, 1, list(sources), [{"offset": offset, "expected": "1", "seen": "2"}])
+
+
+@pytest.mark.parametrize(
+    ("case", "world_size", "found", "closer", "blamed"),
+    [
+        (MOVED, 4, [wrong(0, 0, 1), wrong(0, 2, 1), wrong(0, 3, 1)], [], (1,)),  # all but the source: the source
+        (MOVED, 4, [wrong(0, rank, 1) for rank in range(4)], [], (1,)),  # the source's own copy too
+        (MOVED, 4, [wrong(0, 3, 1)], [], (3,)),  # one receiver
+        (MOVED, 2, [wrong(0, 0, 1)], [], (0,)),
+        (MOVED, 2, [wrong(0, 0, 1), wrong(0, 1, 1)], [], (1,)),
+        (GATHER, 3, [wrong(0, rank, 2) for rank in range(3)], [], (2,)),
+        (GATHER, 3, [wrong(0, 1, 0, 1, 2)], [], (1,)),  # one receiver gets much wrong
+        (SUM, 3, [wrong(0, 1)], [], (1,)),
+        (SUM, 3, [wrong(0, rank) for rank in range(3)], [wrong(0, rank, 2) for rank in range(3)], (2,)),
+        (SUM, 2, [wrong(0, rank) for rank in range(2)], [wrong(0, rank, 0) for rank in range(2)], (0,)),
+        (SUM, 3, [wrong(0, rank) for rank in range(3)], [], ()),  # the addends are right: nobody can be named
+        (SUM, 1, [wrong(0, 0)], [], (0,)),
+    ],
+)
+def test_who_is_blamed_for_a_wrong_collective(
+    case: Case, world_size: int, found: list[Wrong], closer: list[Wrong], blamed: tuple[int, ...]
+) -> None:
+    (finding,) = collectives.attribute([case], found, closer, world_size)
+    assert (finding.severity, finding.ranks) == ("wrong", blamed)
+    assert str(case) in finding.what
+    assert finding.advice
+    if not blamed:
+        assert "addend" in finding.what
+
+
+def test_only_sums_that_are_wrong_everywhere_are_looked_into() -> None:
+    found = [wrong(0, 1), *(wrong(1, rank, offset=33) for rank in range(3)), *(wrong(2, rank, 1) for rank in range(3))]
+    ((number, case),) = collectives.look_closer([SUM, SUM, GATHER], found, 3)
+    assert number == 1
+    assert case.operation == "all-gather of addends"
+    assert case.start <= 33 < case.stop
+    assert case.elements * 3 <= SUM.elements
+
+
+def test_two_ranks_are_told_what_cannot_be_known() -> None:
+    (finding,) = collectives.attribute([MOVED], [wrong(0, 0, 1)], [], 2)
+    assert "cannot be ruled out" in finding.what
+    (finding,) = collectives.attribute([MOVED], [wrong(0, 0, 1)], [], 3)
+    assert "cannot be ruled out" not in finding.what
+
+
+def test_ranks_that_leave_a_barrier_early_are_named() -> None:
+    assert collectives.blame_barriers([[], [], []]) == []
+    (finding,) = collectives.blame_barriers([[], [2], []])
+    assert finding.ranks == (1,)
+
+
+# ---- speed
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1.0, 1.9), min_size=2, max_size=50))
+def test_noise_below_the_factor_is_no_outlier(seconds: list[float]) -> None:
+    assert speed.slow_ranks(seconds, [range(len(seconds))], 2.0) == []
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_a_rank_with_three_times_the_work_is_an_outlier(size: int) -> None:
+    for rank in range(size):
+        seconds = [1.0 + 0.05 * other for other in range(size)]
+        seconds[rank] *= 3
+        (finding,) = speed.slow_ranks(seconds, [range(size)], 2.0)
+        assert (finding.severity, finding.ranks) == ("warning", (rank,))
+        assert ("with two ranks" in finding.what) == (size == 2)
+
+
+def test_ranks_are_compared_with_their_kind_only() -> None:
+    assert speed.slow_ranks([1.0, 1.0, 9.0, 9.1], [[0, 1], [2, 3]], 2.0) == []
+    assert speed.slow_ranks([1.0, 1.0, 9.0], [[0, 1], [2]], 2.0) == []
+
+
+def test_where_ranks_vary_much_the_deviations_decide() -> None:
+    seconds = [1.0, 2.0, 3.0, 4.0, 5.0, 6.5]
+    assert speed.limit(seconds[:-1], 2.0) == pytest.approx(3.0 + 5 * 1.4826 * 1.0)
+    assert speed.slow_ranks(seconds, [range(6)], 2.0) == []
+
+
+def test_bandwidths_are_defined_as_in_nccl_tests() -> None:
+    timings = [[Timing(operation, 4000, 1e-3, 1e-5) for operation in speed.OPERATIONS]] * 4
+    broadcast, reduce, gather = speed.bandwidths(timings)
+    assert [row["algorithm_bandwidth"] for row in (broadcast, reduce, gather)] == pytest.approx([4e6] * 3)
+    assert broadcast["bus_bandwidth"] == pytest.approx(4e6)
+    assert reduce["bus_bandwidth"] == pytest.approx(4e6 * 2 * 3 / 4)
+    assert gather["bus_bandwidth"] == pytest.approx(4e6 * 3 / 4)
+
+
+def test_a_probe_keeps_its_shortest_time() -> None:
+    probe = speed.Probe(CPU, 1)
+    probe.measure()
+    before = probe.seconds
+    probe.measure()
+    assert 0 < probe.seconds <= before < float("inf")
+
+
+def test_sizes_end_at_the_largest() -> None:
+    assert speed.sizes(4 * 2**20) == [4, 64, 1024, 16384, 262144, 4194304]
+    assert speed.sizes(1000) == [4, 64, 1000]
+    assert speed.sizes(1) == [4]
+
+
+# ---- the training oracle's judgement
+
+
+def alone(*keys: str, sums: tuple[int, ...] = (1, 2, 3)) -> list[Alone]:
+    changed = [list(sums) if key == keys[0] else [*sums[:2], 0] for key in keys]
+    return [Alone(key, key, own) for key, own in zip(keys, changed, strict=True)]
+
+
+def test_a_minority_is_named() -> None:
+    runs = alone("a", "b", "a", "a")
+    assert oracle.ranks_to_repeat([range(4)], runs) == [0, 1, 2, 3]
+    lasting, passing = dict(enumerate(runs)), dict(enumerate(alone("a", "c", "a", "a")))
+    for again, words in ((lasting, "a lasting fault"), (passing, "comes and goes")):
+        (finding,) = oracle.judge_alone(range(4), runs, again)
+        assert (finding.severity, finding.ranks) == ("wrong", (1,))
+        assert words in finding.what
+        assert "ranks 0, 2-3" in finding.what
+        assert "from step 2 on" in finding.what
+
+
+def test_ranks_that_agree_are_not_repeated() -> None:
+    runs = alone("a", "a", "a")
+    assert oracle.ranks_to_repeat([range(3)], runs) == []
+    assert oracle.judge_alone(range(3), runs, {}) == []
+
+
+def test_of_two_ranks_the_one_that_departs_from_itself_is_named() -> None:
+    runs = alone("a", "b")
+    (finding,) = oracle.judge_alone(range(2), runs, dict(enumerate(alone("a", "c"))))
+    assert finding.ranks == (1,)
+    assert "departs from itself" in finding.what
+
+
+def test_of_two_ranks_that_each_stay_with_their_result_nobody_is_named() -> None:
+    runs = alone("a", "b")
+    (finding,) = oracle.judge_alone(range(2), runs, dict(enumerate(runs)))
+    assert (finding.severity, finding.ranks) == ("wrong", ())
+    assert "it cannot be said which" in finding.what
+
+
+def test_a_single_rank_is_held_against_itself() -> None:
+    assert oracle.ranks_to_repeat([[0, 1], [2]], alone("a", "a", "b")) == [2]
+    assert oracle.judge_alone([0], alone("a"), {0: alone("a")[0]}) == []
+    (finding,) = oracle.judge_alone([0], alone("a"), {0: alone("b")[0]})
+    assert finding.ranks == (0,)
+
+
+@pytest.mark.parametrize(
+    ("together", "blamed"),
+    [
+        ([Together("a", None, None)] * 3, None),
+        # one computed something else, so that the sum is another one for all
+        ([Together("x", None, 4), Together("x", 4, 4), Together("x", None, 4)], (1,)),
+        # and went on to differ from its own training alone before that
+        ([Together("x", None, 4), Together("x", 2, 2), Together("x", None, 4)], (1,)),
+        ([Together("x", None, 4)] * 3, ()),  # all parts right, the sum wrong
+        ([Together("a", None, None), Together("a", None, None), Together("x", None, 4)], (2,)),  # wrong on one only
+        ([Together("a", None, None), Together("x", None, None), Together("a", None, None)], (1,)),  # other weights
+        ([Together("x", None, None)] * 3, ()),
+    ],
+)
+def test_who_is_blamed_for_a_wrong_training_together(together: list[Together], blamed: tuple[int, ...] | None) -> None:
+    findings = oracle.judge_together(range(3), alone("a", "a", "a"), together, mixed=False)
+    assert [finding.ranks for finding in findings] == ([] if blamed is None else [blamed])
+
+
+def test_a_sum_with_a_wrong_part_in_it_is_not_blamed_on_the_network() -> None:
+    together = [Together("x", None, 4), Together("x", None, 4), Together("x", None, 3)]
+    assert oracle.judge_together(range(3), alone("a", "a", "b"), together, mixed=False) == []
+
+
+def test_a_mixed_fleet_is_compared_within_each_kind() -> None:
+    runs, together = alone("a", "a", "b", "b"), [Together(key, 0, 0) for key in "xxyy"]
+    fleet = [[0, 1], [2, 3]]
+    assert oracle.judge(fleet, runs, together, {}) == []
+    together[3] = Together("z", 0, 0)
+    assert [finding.ranks for finding in oracle.judge(fleet, runs, together, {})] == [()]
+    section = oracle.section(None, {"p": [0, 1], "q": [2, 3]}, runs, together, {}, seed=1, wrong=True)
+    assert "within each kind" in section["method"]
+    assert [row["together"] for row in section["kinds"]] == ["2 of 2 agree", "1 of 2 agree"]
+
+
+def test_a_run_is_held_against_a_run_step_by_step() -> None:
+    whole = Run("a", [1, 2, 3], {0: [4, 5, 6], 1: [7, 8, 9]})
+    assert Together.of(Run("a", [1, 2, 3], {1: [7, 8, 9]}), whole) == Together("a", None, None)
+    assert Together.of(Run("b", [1, 2, 0], {1: [7, 0, 9]}), whole) == Together("b", 1, 2)
+    assert Together.of(Run("b", [1, 2], {1: [7, 8]}), whole) == Together("b", 2, 2)
+    assert len({whole.key, Run("a", [1, 2, 3], {0: [4, 5, 6], 1: [7, 8, 0]}).key}) == 2
+
+
+def test_points_are_exact_and_every_rank_has_a_share() -> None:
+    for world_size in (1, 4, 9, 1000):
+        workload = oracle.choose_workload(world_size, on_cuda=False)
+        assert workload.micro_batches >= world_size
+    train_set, test_set = oracle.make_points(oracle.choose_workload(1, on_cuda=False), 3)
+    for points, classes in (train_set, test_set):
+        assert torch.equal(points * oracle.GRID, (points * oracle.GRID).round())
+        assert 0.2 < classes.mean().item() < 0.6
+
+
+def test_a_flip_changes_one_bit_that_matters() -> None:
+    for seed in range(40):
+        model = oracle.make_model(oracle.choose_workload(1, on_cuda=False), seed)
+        points, classes = oracle.make_points(oracle.choose_workload(1, on_cuda=False), seed)[1]
+        gradients: list[list[torch.Tensor]] = []
+        trouble = Trouble(Injection("flip", 0, seed), 0)
+        for flips in (False, True):
+            model.zero_grad()
+            for step in range(oracle.STEPS if flips else 0):
+                trouble.flip("alone", step, oracle.STEPS, model)
+            loss_sum(model(points), classes).backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+        changes = [
+            (was.view(torch.int32) ^ now.view(torch.int32))[was.view(torch.int32) != now.view(torch.int32)].tolist()
+            for was, now in zip(*gradients, strict=True)
+        ]
+        ((change,),) = [found for found in changes if found]
+        assert (change % 2**32).bit_count() == 1
+        assert any(
+            not torch.equal(quantize(was, GRADIENT_BITS), quantize(now, GRADIENT_BITS))
+            for was, now in zip(*gradients, strict=True)
+        )
+
+
+def test_a_flip_of_nothing_is_seen_too() -> None:
+    weight = torch.nn.Linear(2, 1, bias=False)
+    flip_once(weight, random.Random(0))
+    weight(torch.zeros(1, 2)).sum().backward()
+    assert weight.weight.grad is not None
+    assert quantize(weight.weight.grad, GRADIENT_BITS).any()
+
+
+# ---- inventory
+
+
+def machine(**changes: str) -> inventory.Inventory:
+    return {"host": "a", "device": "cuda:0", "uuid": "1", "driver": "5", "threads": "1", "kind": "k"} | changes
+
+
+def test_what_differs_is_pointed_out_and_the_odd_ranks_named() -> None:
+    everyone = [machine(), machine(device="cuda:1", uuid="2"), machine(host="b", driver="6", kind="l")]
+    (finding,) = inventory.differences(everyone)
+    assert (finding.severity, finding.ranks) == ("warning", (2,))
+    assert finding.what == "driver differs: 5 on ranks 0-1; 6 on rank 2"
+    assert inventory.kinds(everyone) == {"k": [0, 1], "l": [2]}
+    assert not inventory.sharing(everyone)
+    assert inventory.sharing([machine(), machine()])
+
+
+def test_of_two_ranks_neither_is_odd() -> None:
+    (finding,) = inventory.differences([machine(), machine(driver="6")])
+    assert finding.ranks == ()
+
+
+# ---- findings and report
+
+
+def finding(severity: str, *ranks: int, check: str = "c", times: int = 1) -> Finding:
+    return Finding(severity, check, ranks, f"what of {ranks}", "next", times)  # type: ignore[arg-type]
+
+
+def test_findings_are_merged_and_the_worst_come_first() -> None:
+    found = [
+        finding("warning", 1),
+        finding("wrong", 2),
+        finding("missing", 3),
+        finding("wrong", 2),
+        finding("wrong", 4),
+    ]
+    sorted_ones = worst_first(merged(found))
+    assert [(one.severity, one.ranks, one.times) for one in sorted_ones] == [
+        ("missing", (3,), 1), ("wrong", (2,), 2), ("wrong", (4,), 1), ("warning", (1,), 1),
+    ]  # fmt: skip
+    assert failed(found)
+    assert not failed([finding("warning", 1)])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"), [([3], "rank 3"), ([0, 1, 2, 7, 5], "ranks 0-2, 5, 7"), ([1, 2], "ranks 1-2")]
+)
+def test_ranks_are_spelled_shortly(ranks: list[int], words: str) -> None:
+    assert spell_ranks(ranks) == words
+
+
+@pytest.mark.parametrize(
+    ("found", "complete", "code", "words"),
+    [
+        ([], True, 0, "PASSED;"),
+        ([finding("warning", 0)], True, 0, "PASSED with 1 warning;"),
+        ([finding("warning", 0), finding("wrong", 0)], True, 1, "FAILED"),
+        ([finding("missing", 0)], False, 1, "NOT COMPLETE"),
+        ([], False, 1, "NOT COMPLETE"),
+    ],
+)
+def test_only_wrong_bits_and_missing_ranks_fail(
+    found: list[Finding], complete: bool, code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report(tmp_path / "v.json", "3 ranks", {"seed": 1})
+    report.findings += found
+    assert report.close(complete=complete) == code
+    content = json.loads((tmp_path / "v.json").read_text())
+    assert content["passed"] == (code == 0)
+    assert content["complete"] == complete
+    assert [one["severity"] for one in content["findings"]] == [one.severity for one in worst_first(found)]
+    printed = capsys.readouterr().out
+    assert words in printed
+    assert "\x1b" not in printed
+    for one in found:
+        assert one.what in printed
+        assert f"next: {one.advice}" in printed
+
+
+def test_rounds_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(tmp_path / "v.json", "3 ranks", {})
+    report.end_round(1.0, last=False)
+    report.findings.append(finding("wrong", 1))
+    report.end_round(1.0, last=False)
+    report.findings.append(finding("warning", 1))
+    report.end_round(1.0, last=True)
+    assert capsys.readouterr().out.startswith("round 3: 2 clean, 1 not, 0.0 of 1 minutes")
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("max_bytes", -1), ("minutes", -0.5), ("minutes", float("inf")), ("minutes", float("nan")), ("seed", -1),
+     ("seed", 2**32), ("threads", 0), ("timeout", 19.0), ("timeout", float("nan"))],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_refused_by_its_flag(flag: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} must be"):
+        Settings(**{flag: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "flip", "flip@", "flip@x", "melt@1", "flip@-1", "flip@1:2"])
+def test_an_injection_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--inject must be KIND@RANK"):
+        Injection.parse(text, 0)
+
+
+def test_trouble_comes_to_one_rank_only_and_is_the_same_each_time() -> None:
+    injection = Injection("wrong", 1, 5)
+    assert Trouble(injection, 0).wrong_case(10, 3) is None
+    assert Trouble(injection, 1).wrong_case(10, 3) == Trouble(injection, 1).wrong_case(10, 3) is not None
+    assert [Trouble(Injection("slow", 1, 5), rank).work for rank in (0, 1)] == [1, 3]
+    assert Trouble(None, 1).work == 1
+
+
+# ---- board and alarm
+
+
+def test_ranks_agree_at_the_board() -> None:
+    store, answers = HashStore(), {}
+
+    def agree(rank: int) -> None:
+        board = Board(store, rank, 3)
+        answers[rank] = [board.agree([page, rank], lambda values: sorted(values)[::-1]) for page in range(3)]
+        board.part()
+
+    ranks = [threading.Thread(target=agree, args=(rank,)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(20)
+    right = [[[page, rank] for rank in (2, 1, 0)] for page in range(3)]
+    assert answers == dict.fromkeys(range(3), right)
+
+
+def ring(
+    until: Callable[[list[tuple[str, str]]], bool], patience: float, during: Callable[[], None]
+) -> list[tuple[str, str]]:
+    rung: list[tuple[str, str]] = []
+    with Alarm(None, patience=patience, on_cuda=False, ring=lambda reason, word: rung.append((reason, word))) as alarm:
+        alarm.progress("speed, step 3")
+        during()
+        deadline = time.monotonic() + 10
+        while not until(rung) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return rung
+
+
+def test_an_alarm_rings_when_nothing_moves_and_says_where_this_rank_hangs() -> None:
+    reason, word = ring(bool, 0.3, lambda: None)[0]
+    assert reason.startswith("no progress since speed, step 3, for")
+    assert word.startswith("hangs in ring (test_verify.py, line ")
+
+
+def test_a_rank_that_waits_for_others_does_not_accuse_itself() -> None:
+    board = Board(HashStore(), 1, 2)
+
+    def wait() -> None:
+        thread = threading.Timer(1.2, lambda: board._store.set("board/1/answer", "1"))
+        thread.start()
+        assert board.agree(None, lambda _: None) == 1
+
+    assert ring(bool, 0.3, wait)[0][1] == "waited"
+
+
+def test_an_alarm_is_silent_while_there_is_progress() -> None:
+    assert ring(lambda _: True, 60.0, lambda: time.sleep(1.2)) == []
