@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 7.0
 """How long a rank may take to end by itself once the job has failed."""
-WITNESS_SECONDS = 5.0
-"""How long survivors wait for each other's word before they name who gave none."""
+WITNESS_SECONDS = 3.0
+"""How long survivors wait for each other's word before they name who gave none; some heartbeats long."""
+WAITED = "waited"
+"""The last word of a rank that failed because another one did."""
 
 
 class StopRequest:
@@ -82,9 +84,12 @@ class Watch:
         self.rank = rank
         self.world_size = world_size
         self._launched = launched
+        self._others = [other for other in range(world_size) if other != rank]
         self._launcher = parent_at_start()
         self._store: Store | None = None
         self._position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
+        self._count = 0
+        self._verdict = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -107,55 +112,78 @@ class Watch:
         """Note where this rank is; cheap enough for every step."""
         self._position = (phase, epoch, step, time.time())
 
-    def report_end(self, word: str, *, linger: bool) -> None:
-        """Tell the others that this rank goes down, and why: `waited` for them, or `raised` something.
-
-        `linger`: the store goes down with this process, so give the others time to read it.
-        """
-        if self._store is None:
+    def report_end(self, word: str) -> None:
+        """Tell the others that this rank goes down, and why: `waited` for them, or `raised` something."""
+        store = self._store
+        if store is None:
             return
-        try:
-            self._beat(self._store)
-            self._store.set(f"end/{self.rank}", word)
-            self._store.set("failed", str(self.rank))
-            if linger:
-                self._wait_for_others(self._store)
-        except RuntimeError:
-            pass  # the store is gone already, with the rank or the launcher that held it
+        with contextlib.suppress(RuntimeError):  # the store may be gone, with the rank or the launcher that held it
+            self._beat(store)
+            store.set(f"end/{self.rank}", word)
+            if word != WAITED:
+                store.compare_set("verdict", "", self._describe(store, self.rank, word))
+            store.set("failed", str(self.rank))
 
-    def _wait_for_others(self, store: "Store") -> None:
-        deadline, others = time.monotonic() + WITNESS_SECONDS, set(range(self.world_size)) - {self.rank}
-        while others and time.monotonic() < deadline:
-            others = {rank for rank in others if not store.check([f"end/{rank}"])}
-            time.sleep(0.05)
+    def linger(self) -> None:
+        """Give the others time to read the store, which goes down with this process."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._gather_words(self._store)
 
     def name_missing(self) -> str:
-        """Say which ranks did not answer, where each was seen last and how long ago."""
+        """Say which ranks are to blame, where each was seen last and how long ago; the first who asks finds it out."""
         store = self._store
         if store is None:
             return "no other rank to ask"
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
         try:
-            self._wait_for_others(store)
-            words = {rank: store.get(f"end/{rank}").decode() for rank in others if store.check([f"end/{rank}"])}
-            missing = [rank for rank in others if rank not in words]
-            guilty = [rank for rank, word in words.items() if word != "waited"]
-            return "; ".join(self._describe(store, rank, words.get(rank, "")) for rank in guilty + missing)
+            if not store.check(["verdict"]):
+                store.compare_set("verdict", "", self._find_culprits(store))
+            return store.get("verdict").decode()
         except RuntimeError:
-            return "the store is gone too, with rank 0 or the launcher that held it"
+            return self._verdict or "the store is gone too, with rank 0 or the launcher that held it"
+
+    def _find_culprits(self, store: "Store") -> str:
+        """Those who raised; else those whose process is gone; else those who live and do not answer."""
+        before = {rank: self._seen(store, rank).get("count") for rank in self._others}
+        words = self._gather_words(store)
+        raised = [rank for rank, word in words.items() if word != WAITED]
+        silent = [rank for rank in self._others if rank not in words]
+        # A rank that waits for another survivor is as silent as a dead one, but its heart beats.
+        gone = [rank for rank in silent if self._seen(store, rank).get("count") == before[rank]]
+        culprits = raised or gone or silent
+        return "; ".join(self._describe(store, rank, words.get(rank, "")) for rank in culprits) or "all ranks waited"
+
+    def _gather_words(self, store: "Store") -> dict[int, str]:
+        """The last words of the other ranks; ends when all have spoken, when one has raised, or in bounded time."""
+        deadline = time.monotonic() + WITNESS_SECONDS
+        words: dict[int, str] = {}
+        while True:
+            for rank in self._others:
+                if rank not in words and store.check([f"end/{rank}"]):
+                    words[rank] = store.get(f"end/{rank}").decode()
+            raised = any(word != WAITED for word in words.values())
+            if raised or len(words) == len(self._others) or time.monotonic() >= deadline:
+                return words
+            time.sleep(0.05)
 
     def _describe(self, store: "Store", rank: int, word: str) -> str:
-        if not store.check([f"beat/{rank}"]):
+        seen = self._seen(store, rank)
+        if not seen:
             return f"rank {rank} was never seen"
-        seen: dict[str, Any] = json.loads(store.get(f"beat/{rank}"))
         age = max(0.0, time.time() - seen["since"])
         where = f"{seen['phase']}, epoch {seen['epoch']}, step {seen['step']}, {age:.0f} s ago"
         return f"rank {rank} (host {seen['host']}) {word + ', ' if word else ''}last seen in {where}"
 
+    @staticmethod
+    def _seen(store: "Store", rank: int) -> dict[str, Any]:
+        """The last heartbeat of `rank`; empty if it left none."""
+        return dict(json.loads(store.get(f"beat/{rank}"))) if store.check([f"beat/{rank}"]) else {}
+
     def _beat(self, store: "Store") -> None:
         phase, epoch, step, since = self._position
-        beat = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
-        store.set(f"beat/{self.rank}", json.dumps(beat))
+        self._count += 1
+        place = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
+        store.set(f"beat/{self.rank}", json.dumps(place | {"count": self._count}))
 
     def _run(self) -> None:
         doomed_since: float | None = None
@@ -182,6 +210,10 @@ class Watch:
             return None
         try:
             self._beat(self._store)
-            return "the job failed on another rank" if self._store.check(["failed"]) else None
+            if not self._store.check(["failed"]):
+                return None
+            if self._store.check(["verdict"]):
+                self._verdict = self._store.get("verdict").decode()
+            return f"the job has failed: {self._verdict}"
         except RuntimeError:
             return "the store of the job is gone"

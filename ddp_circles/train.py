@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,10 +135,10 @@ def fit(
         watch.start()
         try:
             device, backend = choose_device(config.device, config.backend, ranks)
-            with open_world(ranks, device, backend, config.timeout) as world:
+            with open_world(ranks, device, backend, config.timeout) as world, ExitStack() as at_end:
                 watch.connect(world.store)
                 try:
-                    return _fit_in_world(config, world, watch, model, data, loss)
+                    return _fit_in_world(config, world, watch, at_end, model, data, loss)
                 except Exception as error:
                     _leave(error, world, watch)
                     raise
@@ -156,7 +156,7 @@ def _leave(error: Exception, world: World, watch: Watch) -> None:
     if isinstance(error, StopRequestedError):
         raise SystemExit(0 if ranks.launcher == "torchrun" else EXIT_STOPPED) from None
     if is_lost_peer(error):
-        watch.report_end("waited", linger=ranks.serves_store)
+        watch.report_end(WAITED)
         reason = str(error).splitlines()[0].rpartition("] ")[2]
         print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
@@ -170,10 +170,12 @@ def _fit_in_world(
     config: Config,
     world: World,
     watch: Watch,
+    at_end: ExitStack,
     model: "nn.Module | None",
     data: "Split | None",
     loss: "LossFunction | None",
 ) -> Result:
+    """Train in an open world. `at_end` closes what was opened after the other ranks have been told how it ended."""
     from ddp_circles import trainer as loop
     from ddp_circles.start import open_run
 
@@ -185,29 +187,29 @@ def _fit_in_world(
         threads=config.threads,
         fault_rank=Fault.parse(config.fault).rank if config.fault else None,
     )
-    try:
-        bare = _make_model(config, model).to(world.device)
-        split = _make_data(config, data, world)
-        trainer, recorder = _wire(config, world, watch, start, bare, split, loss or _default_loss())
-        progress = _restore(start, trainer)
-        if start.finished and progress.epoch >= config.epochs:
-            _say(world, f"{start.path} is finished after {progress.epoch} epochs: ask for more --epochs to go on")
-        else:
-            _announce(world, start, recorder.global_step(progress))
-            with _status_kept(world, start, recorder, progress):
-                recorder.begin(progress, config.to_toml())
-                loop.fit(trainer, epochs=config.epochs, progress=progress)
-                recorder.finish(
-                    progress,
-                    weights=bare.state_dict(),
-                    summary=_summary(config, world, start, recorder, progress, len(split.train.inputs)),
-                    draw=lambda folder: _draw(config, bare, split, start, folder),
-                )
-            _say(world, f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {start.path}")
-        return Result(bare, recorder.metrics, start.path, world.ranks.is_main)
-    finally:
-        if start.run_dir is not None:
-            start.run_dir.close()
+    if start.run_dir is not None:
+        at_end.callback(start.run_dir.close)
+    bare = _make_model(config, model).to(world.device)
+    if start.finished and start.state.get("epoch", 0) >= config.epochs:
+        _restore_model(start, bare)
+        _say(world, f"{start.path} is finished after {start.state['epoch']} epochs: ask for more --epochs to go on")
+        return Result(bare, start.state["metrics"], start.path, world.ranks.is_main)
+    split = _make_data(config, data, world)
+    trainer, recorder = _wire(config, world, watch, start, bare, split, loss or _default_loss())
+    at_end.callback(recorder.close)
+    progress = _restore(start, trainer)
+    _announce(world, start, recorder.global_step(progress))
+    with _status_kept(world, start, recorder, progress):
+        recorder.begin(progress, config.to_toml())
+        loop.fit(trainer, epochs=config.epochs, progress=progress)
+        recorder.finish(
+            progress,
+            weights=bare.state_dict(),
+            summary=_summary(config, world, start, recorder, progress, len(split.train.inputs)),
+            draw=lambda folder: _draw(config, bare, split, start, folder),
+        )
+    _say(world, f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {start.path}")
+    return Result(bare, recorder.metrics, start.path, world.ranks.is_main)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -387,14 +389,18 @@ def _restore(start: "Start", trainer: "Trainer") -> "Progress":
     state = start.state
     if not state:
         return Progress()
-    try:
-        trainer.bare.load_state_dict(state["model"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{start.path} holds a run of another model: {error}. Choose another --run-dir") from None
+    _restore_model(start, trainer.bare)
+    trainer.optimizer.load_state_dict(state["optimizer"])
     if start.run_dir is not None and state["fingerprint"] != start.fingerprint:
         warn(f"this run began on {state['fingerprint']}, not {start.fingerprint}: the same bits are not promised")
     return Progress(state["epoch"], state["step"], Tally(*state["train"]))
+
+
+def _restore_model(start: "Start", bare: "nn.Module") -> None:
+    try:
+        bare.load_state_dict(start.state["model"])
+    except RuntimeError as error:
+        raise UserError(f"{start.path} holds a run of another model: {error}. Choose another --run-dir") from None
 
 
 def _announce(world: World, start: "Start", step: int) -> None:
@@ -409,7 +415,7 @@ def _say(world: World, message: str) -> None:
 
 @contextmanager
 def _status_kept(world: World, start: "Start", recorder: "Recorder[Step]", progress: "Progress") -> Iterator[None]:
-    """Keep the file `status` true while the run is on, and end its tracking."""
+    """Keep the file `status` true while the run is on."""
     from ddp_circles.trainer import StopRequestedError
 
     try:
@@ -422,8 +428,6 @@ def _status_kept(world: World, start: "Start", recorder: "Recorder[Step]", progr
     except BaseException:
         recorder.set_status("failed")
         raise
-    finally:
-        recorder.close()
 
 
 def _command(world: World, path: Path) -> str:
