@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_circles.config import Config, Fault, UserError, parse_command_line
-from ddp_circles.health import Watch, parent_at_start, stop_requested
+from ddp_circles.health import WAITED, Watch, parent_at_start, stop_requested
 from ddp_circles.world import (
     Ranks,
     World,
@@ -155,14 +155,16 @@ def _leave(error: Exception, world: World, watch: Watch) -> None:
         return
     if isinstance(error, StopRequestedError):
         raise SystemExit(0 if ranks.launcher == "torchrun" else EXIT_STOPPED) from None
-    if is_lost_peer(error):
-        watch.report_end(WAITED)
+    lost_peer = is_lost_peer(error)
+    watch.report_end(WAITED if lost_peer else f"raised {type(error).__name__}")
+    if lost_peer:
         reason = str(error).splitlines()[0].rpartition("] ")[2]
         print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    watch.report_end(f"raised {type(error).__name__}", linger=ranks.serves_store)
-    if isinstance(error, OutOfRangeError):
+    elif isinstance(error, OutOfRangeError):
         print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+    if ranks.serves_store:
+        watch.linger()
+    if lost_peer or isinstance(error, OutOfRangeError):
         raise SystemExit(1) from None
 
 
