@@ -53,6 +53,12 @@ class StopRequest:
             if self._set not in before.values():  # the outermost: a later training in this process starts afresh
                 self._requested = False
 
+    @staticmethod
+    def ignore() -> None:
+        """Let no late signal change the exit code of a process that is leaving."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
     def _set(self, number: int, _frame: FrameType | None) -> None:
         if self._requested and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -106,7 +112,10 @@ class Watch:
 
     def connect(self, store: "Store") -> None:
         """Leave heartbeats in `store` from now on."""
-        self._store = store.clone() if self.world_size > 1 else None  # type: ignore[attr-defined]
+        if self.world_size > 1:
+            own: Store = store.clone()  # type: ignore[attr-defined]
+            self._beat(own)
+            self._store = own
 
     def mark(self, phase: str, epoch: int, step: int) -> None:
         """Note where this rank is; cheap enough for every step."""

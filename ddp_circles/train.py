@@ -64,8 +64,11 @@ class Result:
 def main() -> None:
     """`python -m ddp_circles.train`: parse, train, and leave with the exit code of the contract."""
     parent_at_start()  # the launcher may die during the slow imports
-    with stop_requested.listening():
-        sys.exit(_run_command_line(sys.argv[1:]))
+    try:
+        with stop_requested.listening():
+            sys.exit(_run_command_line(sys.argv[1:]))
+    finally:
+        stop_requested.ignore()
 
 
 def _run_command_line(arguments: list[str]) -> int:
@@ -158,7 +161,7 @@ def _leave(error: Exception, world: World, watch: Watch) -> None:
     lost_peer = is_lost_peer(error)
     watch.report_end(WAITED if lost_peer else f"raised {type(error).__name__}")
     if lost_peer:
-        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
     elif isinstance(error, OutOfRangeError):
         print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)

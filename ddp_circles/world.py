@@ -288,7 +288,8 @@ def _open_store(ranks: Ranks, timeout: timedelta) -> "Store":
         socket.create_connection((host, port), timeout.total_seconds()).close()
     serves = ranks.serves_store
     store = TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)
-    return PrefixStore(f"start {ranks.restarts}", store)
+    # An agent's store outlives the workers. Any other is new at each start, and then the nodes' counts may differ.
+    return PrefixStore(f"start {ranks.restarts if ranks.store_is_the_agents else 0}", store)
 
 
 def is_lost_peer(error: BaseException) -> bool:

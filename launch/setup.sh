@@ -13,7 +13,7 @@ install_environment() (
     }
     echo "setting up $VIRTUAL_ENV" >&2
     python3 -m venv --clear "$VIRTUAL_ENV"
-    "$VIRTUAL_ENV/bin/python3" -m pip install --quiet -c "$project/constraints.txt" -e "$project[test]"
+    "$VIRTUAL_ENV/bin/python3" -m pip install --quiet -c "$project/constraints.txt" -e "${project}[test]"
     echo "$stamp" >"$VIRTUAL_ENV/stamp"
 ) 9>"$project/.setup.lock"
 

@@ -23,9 +23,9 @@ run_directory() { # run_directory DEFAULT [trainer's arguments]: where this run 
 trapped='' step=''
 on_warning() {
     stop_asked=yes trapped=yes
-    [ -z "$step" ] || pass_on &
+    if [ -n "$step" ]; then pass_on &>/dev/null & fi
 }
-pass_on() { while kill -USR1 "$step" 2>/dev/null; do sleep 2; done; }
+pass_on() { while kill -USR1 "$step"; do sleep 2; done; }
 trap on_warning USR1
 # There is no trap for TERM: with one, a job that its user cancelled could find its way back into the queue.
 
@@ -35,7 +35,7 @@ run_step() { # run_step COMMAND...: wait for it through all interruptions; its e
     local code
     "$@" &
     step=$!
-    [ -z "$stop_asked" ] || pass_on & # warned between the two lines above
+    if [ -n "$stop_asked" ]; then pass_on &>/dev/null & fi # warned between the two lines above
     while
         trapped=''
         wait "$step"

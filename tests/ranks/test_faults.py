@@ -95,7 +95,7 @@ def test_a_stalled_rank_is_named_with_place_and_age_and_nothing_is_left(tmp_path
         found = re.search(pattern, outcomes[rank].output)
         assert found, outcomes[rank].output
         assert timeout <= int(found[1]) <= timeout + 10
-    assert "rank 1: the job failed on another rank; ending this process" in outcomes[1].output
+    assert "rank 1: the job has failed: rank 1 (host" in outcomes[1].output
     assert (status(tmp_path), checkpoint_steps(tmp_path)[0]) == ("failed", 50)
 
 
@@ -105,7 +105,7 @@ def stall_in_evaluation(*flags: object) -> None:
 
     from ddp_circles import health, trainer
 
-    health.GRACE_SECONDS = 1.0
+    health.GRACE_SECONDS, health.WITNESS_SECONDS = 5.0, 1.5
     original, evaluations = trainer.evaluate, 0
 
     def evaluate(*arguments: Any) -> Any:

@@ -46,7 +46,8 @@ def counted_run(folder: Path, epochs: int, settings: dict[str, Any]) -> Counter[
         train_epoch(*arguments)
         inside = False
 
-    dist.all_reduce, trainer.train_epoch = counting_all_reduce, watched_epoch
+    dist.all_reduce = counting_all_reduce
+    setattr(trainer, "train_epoch", watched_epoch)  # noqa: B010 - a plain assignment has another type
     sys.setprofile(profile)
     try:
         fit(Config(run_dir=folder, epochs=epochs, wandb="disabled", plots=False, log_every=1000, **settings))

@@ -32,7 +32,7 @@ def test_every_sbatch_line_says_what_it_is_for(script: Path) -> None:
     for line in lines:
         directive, _, comment = line.removeprefix("#").partition("#")
         assert directive.startswith("SBATCH --")
-        assert len(comment.split()) >= 3, line
+        assert comment.strip(), line
 
 
 @pytest.mark.parametrize(

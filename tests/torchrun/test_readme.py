@@ -35,4 +35,3 @@ def test_every_command_does_what_it_says(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         hashes = re.findall(r"^([0-9a-f]{64})  ", done.stdout, re.MULTILINE)
         assert len(set(hashes)) == ("sha256sum" in command), done.stdout
-

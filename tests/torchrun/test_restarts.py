@@ -3,13 +3,14 @@
 import os
 import re
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.runs import PLAIN, Bits, Command, bits, checkpoint_steps, finish, status, torchrun
+from tests.runs import PLAIN, Bits, Command, bits, checkpoint_steps, finish, newest_state, status, torchrun
 
 SETTINGS = ("--n-samples=125", "--batch-size=16", "--epochs=35", "--checkpoint-steps=50")
 """245 steps."""
@@ -69,3 +70,51 @@ def test_no_worker_outlives_a_killed_launcher(
         gone, alive = psutil.wait_procs(workers, timeout=seconds)
         assert (len(gone), alive) == (2, []), command.output
     finish(1, run_dir, *LONG, "--epochs=40")
+
+
+def test_nodes_may_join_and_leave(tmp_path: Path) -> None:
+    """One node begins, a second one joins, and is lost: each time all go on from the last checkpoint."""
+    run_dir = tmp_path / "run"
+    slow = (*LONG, "--checkpoint-steps=1", "--timeout=30")  # what disturbs it takes longer than many steps
+    quick = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
+    options = (
+        "--nnodes=1:2",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=localhost:{free_port()}",
+        "--rdzv-id=elastic",
+        f"--rdzv-conf={quick}",
+        "--local-addr=127.0.0.1",
+    )
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+    def node(name: str) -> Command:
+        return torchrun(tmp_path / name, 1, run_dir, *slow, options=options, variables=variables)
+
+    def progresses(command: Command) -> None:
+        reached = max(checkpoint_steps(run_dir), default=0) if run_dir.exists() else 0
+        command.wait_until(lambda: run_dir.exists() and max(checkpoint_steps(run_dir), default=0) > reached)
+
+    with node("stays") as stays:
+        progresses(stays)
+        with node("leaves") as leaves:
+            stays.wait_until(lambda: "2 ranks on 2 nodes" in stays.output + leaves.output)
+            progresses(stays)
+            os.killpg(leaves.process.pid, signal.SIGKILL)
+            psutil.wait_procs(leaves.workers(), timeout=10)
+        alone_again = stays.output.count("1 rank (torchrun)") + 1
+        stays.wait_until(lambda: stays.output.count("1 rank (torchrun)") == alone_again)
+        progresses(stays)
+        stays.process.send_signal(signal.SIGTERM)
+        stays.wait(40)
+    assert status(run_dir) == "stopped"
+    more = (*LONG, f"--epochs={newest_state(run_dir)['epoch'] + 2}", "--checkpoint-steps=0")
+    assert finish(2, run_dir, *more) == finish(PLAIN, tmp_path / "alone", *more)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port

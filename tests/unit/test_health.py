@@ -1,6 +1,7 @@
 """Stop requests, heartbeats and who is missing, without a training around them."""
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -13,7 +14,7 @@ import pytest
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ddp_circles import health
-from ddp_circles.health import STOP_SIGNALS, StopRequest, Watch, parent_at_start
+from ddp_circles.health import STOP_SIGNALS, WAITED, StopRequest, Watch, parent_at_start
 from tests.ranks import Job, run_ranks
 
 # ---- stop requests
@@ -103,31 +104,45 @@ def test_who_gave_no_word_is_named_with_place_and_age(store: Store, monkeypatch:
         clock[0] += 60
         third._doom()  # a late heartbeat does not make the rank younger
         clock[0] += 1
-        first.report_end("waited", linger=False)
-        second.report_end("waited", linger=False)
+        first.report_end(WAITED)
+        second.report_end(WAITED)
         assert first.name_missing() == second.name_missing()
         where = "last seen in evaluate, epoch 4, step 417, 61 s ago"
         assert first.name_missing() == f"rank 2 (host {socket.gethostname()}) {where}"
 
 
-def test_who_raised_is_named_before_who_is_silent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_raised_is_to_blame_and_not_who_is_silent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "WITNESS_SECONDS", 0.2)
     with watches(store, 4) as (first, second, third, _silent):
-        first.report_end("waited", linger=False)
+        first.report_end(WAITED)
         third.mark("train", 1, 9)
-        third.report_end("raised KeyError", linger=False)
-        raised, silent = second.name_missing().split("; ")
-        assert "rank 2" in raised
-        assert "raised KeyError, last seen in train, epoch 1, step 9" in raised
-        assert silent == "rank 3 was never seen"
+        third.report_end("raised KeyError")
+        verdict = second.name_missing()
+        assert re.fullmatch(
+            r"rank 2 \(host \S+\) raised KeyError, last seen in train, epoch 1, step 9, 0 s ago", verdict
+        )
+        assert first.name_missing() == verdict  # all ranks say the same
+
+
+def test_a_silent_rank_whose_heart_beats_is_not_taken_for_a_dead_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "WITNESS_SECONDS", 0.3)
+    with watches(store, 3) as (first, _dead, alive):
+        beating = threading.Timer(0.1, alive._doom)
+        first.report_end(WAITED)
+        beating.start()
+        assert first.name_missing().startswith("rank 1 ")
+        beating.join()
 
 
 def test_nothing_is_awaited_once_all_have_reported(store: Store) -> None:
     with watches(store, 2) as (first, second):
         begun = time.monotonic()
-        second.report_end("waited", linger=False)
-        first.report_end("waited", linger=True)
-        assert first.name_missing() == ""
+        second.report_end(WAITED)
+        first.report_end(WAITED)
+        first.linger()
+        assert first.name_missing() == "all ranks waited"
         assert time.monotonic() - begun < health.WITNESS_SECONDS
 
 
@@ -138,14 +153,16 @@ def test_a_store_that_is_gone_is_said_and_not_raised(store: Store, monkeypatch: 
 
     with watches(store, 2) as (first, _):
         monkeypatch.setattr(first, "_store", Gone())
-        first.report_end("waited", linger=True)
+        first.report_end(WAITED)
+        first.linger()
         assert "the store is gone too" in first.name_missing()
         assert first._doom() == "the store of the job is gone"
 
 
 def test_a_world_of_one_has_nobody_to_ask(store: Store) -> None:
     with watches(store, 1) as (only,):
-        only.report_end("waited", linger=True)
+        only.report_end(WAITED)
+        only.linger()
         assert only.name_missing() == "no other rank to ask"
         assert only._doom() is None
 
@@ -153,8 +170,8 @@ def test_a_world_of_one_has_nobody_to_ask(store: Store) -> None:
 def test_a_failed_job_dooms_the_others(store: Store) -> None:
     with watches(store, 2) as (first, second):
         assert second._doom() is None
-        first.report_end("raised ValueError", linger=False)
-        assert second._doom() == "the job failed on another rank"
+        first.report_end("raised ValueError")
+        assert str(second._doom()).startswith("the job has failed: rank 0 (host ")
 
 
 def test_the_parent_is_remembered_for_each_process() -> None:
@@ -179,7 +196,7 @@ def hang_after_failure(grace: float) -> None:
     server = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
     watch.connect(PrefixStore("start 0", server))
     if rank == 0:
-        watch.report_end("raised ValueError", linger=False)
+        watch.report_end("raised ValueError")
         watch.stop()
     else:
         time.sleep(60)
@@ -192,7 +209,8 @@ def test_ranks_that_hang_are_ended_when_the_job_has_failed() -> None:
     assert [outcome.code for outcome in outcomes] == [0, 1, 1]
     assert time.monotonic() - begun < 30
     for outcome in outcomes[1:]:
-        assert outcome.output == f"rank {outcome.rank}: the job failed on another rank; ending this process\n"
+        assert outcome.output.startswith(f"rank {outcome.rank}: the job has failed: rank 0 (host ")
+        assert outcome.output.endswith("; ending this process\n")
 
 
 def test_ranks_may_take_their_grace_to_end_by_themselves() -> None:

@@ -1,0 +1,316 @@
+"""Throughput of training against the peers: python -m benchmarks.throughput --ranks 1 2 --rounds 11.
+
+Every contender has processes of its own, which live through all rounds: nobody's settings, patches or warm caches reach
+another. In each round the contenders take turns, beginning with another one each time, so that a busy minute of the
+machine hits all of them; while one runs, the others' processes sleep. One figure is the wall time of a run over 2E
+epochs less that of a run over E epochs, divided by the steps of E epochs: start and end of a run cancel out. Ratios are
+taken within a round.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import CONTENDERS, EXACT, FAST, FLOOR, TUTORIAL, Figures, Job, leave_group
+
+SPAWN = multiprocessing.get_context("spawn")
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "accelerate", "lightning")
+NOT_INSTALLED = "not installed (extra `bench`)"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender's one round."""
+
+    microseconds: float
+    """Per step."""
+    loss: float
+    accuracy: float
+    load: float
+    """Load average of the machine just before."""
+
+
+class Team:
+    """The processes of one contender, one for each rank."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.name = name
+        self._job = job
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(job.ranks):
+            here, there = SPAWN.Pipe()
+            process = SPAWN.Process(target=work, args=(there, name, job, rank), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, epochs: int) -> tuple[float, Figures]:
+        """Seconds of a whole run on the slowest rank, and what it reached."""
+        port = free_port()
+        for pipe in self._pipes:
+            pipe.send((port, epochs))
+        answers: list[tuple[float, Figures]] = [pipe.recv() for pipe in self._pipes]
+        return max(seconds for seconds, _ in answers), answers[0][1]
+
+    def measure(self, epochs: int) -> Timing:
+        """2E epochs less E epochs."""
+        load = os.getloadavg()[0]
+        once, _ = self.run(epochs)
+        twice, (loss, accuracy) = self.run(2 * epochs)
+        return Timing((twice - once) / (epochs * self._job.steps) * 1e6, loss, accuracy, load)
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(30)
+            process.kill()
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def work(pipe: Connection, name: str, job: Job, rank: int) -> None:
+    """One rank of one contender: train on demand until the pipe is closed."""
+    import torch
+
+    set_environment(job, rank)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    samples, train = job.samples(), CONTENDERS[name].train
+    while True:
+        try:
+            port, epochs = pipe.recv()
+        except EOFError:
+            return
+        os.environ["MASTER_PORT"] = str(port)
+        with quiet():
+            started = time.perf_counter()
+            figures = train(job, samples, epochs)
+            leave_group()
+            seconds = time.perf_counter() - started
+        pipe.send((seconds, figures))
+
+
+def set_environment(job: Job, rank: int) -> None:
+    """What torchrun would tell this rank, and one thread for each."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(job.ranks),
+        "LOCAL_WORLD_SIZE": str(job.ranks),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "benchmark",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": str(job.device == "cpu").lower(),
+    }
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress lines out of the table; an exception still shows, since it ends the process."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+Timings = dict[str, list[Timing]]
+
+
+def measure(job: Job, names: Sequence[str], *, rounds: int, epochs: int) -> Timings:
+    """Rounds in alternation, after one run each to warm up."""
+    timings: Timings = {name: [] for name in names}
+    with ExitStack() as stack:
+        teams = [Team(name, job) for name in names]
+        for team in teams:
+            stack.callback(team.close)
+        for team in teams:
+            team.run(1)
+        for number in range(rounds):
+            first = number % len(teams)
+            for team in teams[first:] + teams[:first]:
+                timings[team.name].append(team.measure(epochs))
+            shown = "  ".join(f"{name} {values[-1].microseconds:.0f}" for name, values in timings.items())
+            print(f"{job.ranks} ranks, round {number + 1} of {rounds}: {shown}", file=sys.stderr, flush=True)
+    return timings
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and spread of the rounds."""
+
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+    least: float
+    most: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Summarise at least one value."""
+        low, median, high = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+        )
+        return cls(median, low, high, min(values), max(values), len(values))
+
+    def text(self, digits: int) -> str:
+        """Median, quartiles."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+def speed_against(timings: Timings, name: str, reference: str) -> Spread:
+    """Throughput of `name` over that of `reference`, taken within each round."""
+    pairs = zip(timings[name], timings[reference], strict=True)
+    return Spread.of([theirs.microseconds / own.microseconds for own, theirs in pairs])
+
+
+def summarise(timings: Timings) -> dict[str, dict[str, Any]]:
+    """For each contender: microseconds per step and throughput ratios."""
+    references = [name for name in (FLOOR, TUTORIAL, FAST, EXACT) if name in timings]
+    return {
+        name: {
+            "microseconds": asdict(Spread.of([timing.microseconds for timing in values])),
+            "throughput_against": {other: asdict(speed_against(timings, name, other)) for other in references},
+            "loss": values[-1].loss,
+            "accuracy": values[-1].accuracy,
+            "rounds": [asdict(timing) for timing in values],
+        }
+        for name, values in timings.items()
+    }
+
+
+def table(job: Job, summary: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
+    """The results of one number of ranks in Markdown."""
+    title = f"{job.ranks} rank{'s' * (job.ranks > 1)}, {job.batch_size} samples per rank, {job.device}"
+    rows = [
+        f"### {title}",
+        "",
+        "| | microseconds per step | throughput / floor | throughput / tutorial |",
+        "|---|--:|--:|--:|",
+    ]
+    for name in names:
+        label = CONTENDERS[name].label
+        if name not in summary:
+            rows.append(f"| {label} | {NOT_INSTALLED} | | |")
+            continue
+        ratios = summary[name]["throughput_against"]
+        cells = [Spread(**ratios[other]).text(2) if other in ratios else "" for other in (FLOOR, TUTORIAL)]
+        rows.append(f"| {label} | {Spread(**summary[name]['microseconds']).text(0)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    import torch
+
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+        "python": platform.python_version(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "arguments": {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
+        },
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def package_version(name: str) -> str | None:
+    """The installed version; None without one."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Bars of the medians with one point for each round, a panel for each number of ranks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 2.8 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), 1, squeeze=False)[:, 0]
+    for axis, (ranks, summary) in zip(axes, results.items(), strict=True):
+        names = list(summary)[::-1]
+        medians = [summary[name]["microseconds"]["median"] for name in names]
+        colours = ["tab:blue" if name.startswith((FAST, EXACT)) else "tab:gray" for name in names]
+        axis.barh([CONTENDERS[name].label for name in names], medians, color=colours, alpha=0.6)
+        for row, name in enumerate(names):
+            rounds = [timing["microseconds"] for timing in summary[name]["rounds"]]
+            axis.plot(rounds, [row] * len(rounds), "k.", markersize=3)
+        axis.set_xlim(0, 1.6 * max(medians))
+        axis.set_title(f"{ranks} rank{'s' * (ranks != '1')}")
+        axis.set_xlabel("microseconds per step (bar: median, points: rounds)")
+    figure.savefig(path, dpi=120)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--epochs", type=int, default=5, help="E: runs over E and 2E epochs are timed")
+    parser.add_argument("--n-samples", type=int, default=16000, help="points in all; four fifths are trained on")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples per rank and step")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="contenders")
+    parser.add_argument("--fused-peers", action="store_true", help="give the peers Adam's fused kernel as well")
+    parser.add_argument("--output", type=Path, default=RESULTS / "throughput", help="path without an ending")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Measure, print the tables, and leave JSON, Markdown and a plot."""
+    arguments = parse()
+    document: dict[str, Any] = circumstances(arguments) | {"results": {}}
+    tables = []
+    for ranks in arguments.ranks:
+        job = Job(arguments.n_samples, arguments.batch_size, ranks, arguments.device, arguments.fused_peers)
+        installed = [name for name in arguments.only if CONTENDERS[name].installed]
+        summary = summarise(measure(job, installed, rounds=arguments.rounds, epochs=arguments.epochs))
+        document["results"][str(ranks)] = summary
+        tables.append(table(job, summary, arguments.only))
+    text = "\n\n".join(tables) + "\n"
+    print(text)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(document["results"], arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What a check found, how bad it is, whom it concerns, and what to do next."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Severity = Literal["missing", "wrong", "warning"]
+ORDER: tuple[Severity, ...] = ("missing", "wrong", "warning")
+"""Worst first."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    severity: Severity
+    """`missing`: a rank is gone; `wrong`: bits are wrong; `warning`: worth a look, and no failure."""
+    check: str
+    """The check that found it."""
+    ranks: tuple[int, ...]
+    """The ranks at fault; empty where none can be named."""
+    what: str
+    advice: str
+    """What to do next."""
+    times: int = 1
+    """In how many rounds it was found."""
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Sorted by severity, then by how often and in which order they were found."""
+    return sorted(findings, key=lambda finding: (ORDER.index(finding.severity), -finding.times))
+
+
+def merged(findings: Iterable[Finding]) -> list[Finding]:
+    """One finding for each severity, check and set of ranks, with the first one's words and a count."""
+    by_subject: dict[tuple[str, str, tuple[int, ...]], Finding] = {}
+    for finding in findings:
+        subject = (finding.severity, finding.check, finding.ranks)
+        before = by_subject.get(subject)
+        by_subject[subject] = finding if before is None else replace(before, times=before.times + finding.times)
+    return list(by_subject.values())
+
+
+def failed(findings: Iterable[Finding]) -> bool:
+    """Whether anything but warnings is among `findings`."""
+    return any(finding.severity != "warning" for finding in findings)
+
+
+def spell_ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, or `ranks 0-3, 7`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    spelled = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'' if len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {spelled}"

@@ -1,0 +1,242 @@
+"""Command line: does this machine, or this cluster, compute right? Collectives and a training whose answer is known.
+
+inventory; then, with a new seed each time until the time is over:
+    collectives     every element of every result checked
+    speed           once: bandwidths, and each rank's own computing
+    oracle          every rank trains alone, then all train together: the same bits, or somebody is at fault
+report
+"""
+
+import io
+import math
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+from ddp_circles.config import LONGEST_TIMEOUT, MOST_THREADS, UserError
+from ddp_circles.health import WAITED, Watch, stop_requested
+from ddp_circles.world import Ranks, World, choose_device, is_lost_peer, open_world, pin_threads, read_ranks
+
+if TYPE_CHECKING:
+    from ddp_circles.checks.injection import Injection
+    from ddp_circles.checks.report import Report
+
+EXIT_BAD_INPUT = 2
+EXIT_FOUND = 1
+RANK_0_SPEAKS_SECONDS = 5.0
+"""How long ranks other than 0 wait before they leave over a user's mistake, so that rank 0's message is not cut off."""
+LAST_WORDS_SECONDS = 10.0
+"""Of the timeout, kept for saying who is missing and for writing the report."""
+LINGER_SECONDS = 1.0
+"""How much longer the rank that holds the store stays when all have spoken, for them to read the verdict."""
+ALL_WAITED = "all ranks waited"
+"""What the watch says when it finds no rank at fault."""
+MAX_BYTES = {"nccl": 64 * 2**20, "gloo": 4 * 2**20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Check this machine, or this cluster: collectives, speed, and a training that must give every rank the same bits.
+
+    Ends with 0 if everything passed and with 1 if not; findings about speed are warnings and fail nothing.
+    """
+
+    max_bytes: int = 0
+    """Largest buffer of a collective; 0: 64 MiB with nccl, 4 MiB with gloo."""
+    minutes: float = 0.0
+    """Go on with new seeds until so much time has passed; 0: one round."""
+    seed: int = 42
+    """Seed of the first round: of patterns, weights, points and order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: cuda where there is one."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Who moves the data; auto: nccl on cuda, else gloo."""
+    threads: int = 1
+    """CPU threads per rank."""
+    timeout: float = 120.0
+    """Seconds within which all ranks have ended once one of them is gone or silent; 20 or more."""
+    inject: str | None = None
+    """Rehearse a fault, as KIND@RANK: flip a bit of a gradient, slow, wrong element in a collective, die, hang."""
+    out: Path = Path("verify.json")
+    """Where rank 0 writes all figures."""
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, flag: str, expected: str, value: object) -> None:
+            if not holds:
+                raise UserError(f"{flag} must be {expected}, got {value!r}")
+
+        require(self.max_bytes >= 0, "--max-bytes", "0 or more", self.max_bytes)
+        require(0 <= self.minutes < math.inf, "--minutes", "a finite number, 0 or more", self.minutes)
+        require(0 <= self.seed < 2**32, "--seed", f"between 0 and {2**32 - 1}", self.seed)
+        require(1 <= self.threads <= MOST_THREADS, "--threads", f"between 1 and {MOST_THREADS}", self.threads)
+        require(20 <= self.timeout <= LONGEST_TIMEOUT, "--timeout", f"between 20 and {LONGEST_TIMEOUT}", self.timeout)
+
+
+def main() -> None:
+    """`python -m ddp_circles.verify`: 0 if everything passed, 1 with findings, 2 for bad input."""
+    with stop_requested.listening():
+        sys.exit(_run_command_line(sys.argv[1:]))
+
+
+def _run_command_line(arguments: list[str]) -> int:
+    ranks = Ranks()
+    try:
+        ranks = read_ranks()
+        settings = _parse(arguments, quiet=not ranks.is_main)
+        pin_threads(settings.threads)
+        return verify(settings, ranks)
+    except UserError as error:
+        if ranks.is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            _let_rank_0_speak()
+        return EXIT_BAD_INPUT
+    except SystemExit as leaving:
+        if leaving.code == EXIT_BAD_INPUT and not ranks.is_main:
+            _let_rank_0_speak()
+        raise
+    except Exception:
+        _print_traceback(ranks)
+        return EXIT_FOUND
+
+
+def _parse(arguments: list[str], *, quiet: bool) -> Settings:
+    import tyro
+
+    silence = io.StringIO()
+    with redirect_stdout(silence) if quiet else nullcontext(), redirect_stderr(silence) if quiet else nullcontext():
+        return tyro.cli(Settings, args=arguments, prog="python -m ddp_circles.verify")
+
+
+def _let_rank_0_speak() -> None:
+    deadline = time.monotonic() + RANK_0_SPEAKS_SECONDS
+    while time.monotonic() < deadline and not stop_requested():
+        time.sleep(0.05)
+
+
+def _print_traceback(ranks: Ranks) -> None:
+    label = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
+    print(
+        "".join(label + line for line in traceback.format_exc().splitlines(keepends=True)), file=sys.stderr, flush=True
+    )
+
+
+def verify(settings: Settings, ranks: Ranks) -> int:
+    """Run all checks on all ranks of the job; the exit code. Raises `UserError` for what the user can put right."""
+    injection = _read_injection(settings, ranks)
+    watch = Watch(ranks.rank, ranks.world_size, launched=ranks.launched)
+    watch.start()
+    try:
+        device, backend = choose_device(settings.device, settings.backend, ranks)
+        with open_world(ranks, device, backend, settings.timeout) as world:
+            watch.connect(world.store)
+            return _verify_in_world(settings, world, watch, injection)
+    finally:
+        watch.stop()
+
+
+def _read_injection(settings: Settings, ranks: Ranks) -> "Injection | None":
+    if settings.inject is None:
+        return None
+    from ddp_circles.checks.injection import Injection
+
+    injection = Injection.parse(settings.inject, settings.seed)
+    if injection.rank >= ranks.world_size:
+        raise UserError(
+            f"--inject names rank {injection.rank}, and the last rank of this world is {ranks.world_size - 1}"
+        )
+    return injection
+
+
+def _verify_in_world(settings: Settings, world: World, watch: Watch, injection: "Injection | None") -> int:
+    from ddp_circles.checks.board import Alarm, Board
+    from ddp_circles.checks.injection import Trouble
+    from ddp_circles.checks.report import Report
+    from ddp_circles.checks.session import Session
+
+    ranks = world.ranks
+    report = Report(settings.out, world.describe(), asdict(settings) | {"out": str(settings.out)})
+    last_words = LastWords(world, watch, report)
+    trouble = Trouble(injection, ranks.rank)
+    patience = settings.timeout - LAST_WORDS_SECONDS
+    others = world.store if ranks.world_size > 1 else None
+    with Alarm(others, patience=patience, on_cuda=world.device.type == "cuda", ring=last_words.say) as alarm:
+
+        def mark(phase: str, step: int) -> None:
+            watch.mark(phase, session.round, step)
+            alarm.progress(f"{phase}, step {step}")
+            trouble.reach(phase, step)
+
+        board = Board(world.store, ranks.rank, ranks.world_size)
+        session = Session(world, board, trouble, report, mark, settings.max_bytes or MAX_BYTES[world.backend])
+        try:
+            return session.run(settings.out, threads=settings.threads, seed=settings.seed, minutes=settings.minutes)
+        except UserError:
+            raise
+        except Exception as error:
+            if is_lost_peer(error):
+                last_words.say(f"a collective failed ({_first_sentence(error)})")
+            _print_traceback(ranks)
+            last_words.say(f"{type(error).__name__}: {error}", f"raised {type(error).__name__}")
+
+
+def _first_sentence(error: Exception) -> str:
+    """What a backend's long message says, without the place in its source."""
+    return re.sub(r"\[\S+:\d+\] ", "", " ".join(str(error).split())).split(". ")[0][:200]
+
+
+class LastWords:
+    """How a rank ends when the job cannot go on: it says who is missing, and rank 0 writes what is known so far."""
+
+    def __init__(self, world: World, watch: Watch, report: "Report") -> None:
+        self._ranks = world.ranks
+        self._watch = watch
+        self._report = report
+        self._once = threading.Lock()
+
+    def say(self, reason: str, word: str = WAITED) -> NoReturn:
+        """Say it, once, from whichever thread comes first, and end the process: a collective may never return."""
+        self._once.acquire()  # for good
+        ranks, watch = self._ranks, self._watch
+        deadline = threading.Timer(LAST_WORDS_SECONDS, os._exit, (EXIT_FOUND,))
+        deadline.daemon = True
+        deadline.start()
+        try:
+            if ranks.is_main:
+                watch.stop()  # it would end this process before the report is written
+            watch.report_end(word)
+            names = watch.name_missing() if ranks.world_size > 1 else ""
+            names = "" if names == ALL_WAITED else names
+            print(f"rank {ranks.rank}: {reason}; missing: {names or 'no rank'}", file=sys.stderr, flush=True)
+            if ranks.is_main:
+                self._close_report(reason if word == WAITED else f"{reason}: it {word}", names)
+            if ranks.serves_store:
+                watch.linger()
+                time.sleep(LINGER_SECONDS)
+        finally:
+            sys.stdout.flush()
+            os._exit(EXIT_FOUND)
+
+    def _close_report(self, reason: str, names: str) -> None:
+        from ddp_circles.checks.findings import Finding
+
+        missing = tuple(int(number) for number in re.findall(r"(?:^|; )rank (\d+)", names))
+        what = f"{names} (rank 0: {reason})" if names else f"no rank is missing, and the job cannot go on: {reason}"
+        advice = (
+            "read the end of its log and its host's (out of memory, Xid errors), then verify again without it"
+            if missing
+            else "if nobody asked for the end, ranks wait for each other: look at the network between them"
+        )
+        self._report.findings.append(Finding("missing", "all", missing, what, advice))
+        self._report.close(complete=False)
+
+
+if __name__ == "__main__":
+    main()
