@@ -34,6 +34,8 @@ RANK_0_SPEAKS_SECONDS = 5.0
 """How long ranks other than 0 wait before they leave over a user's mistake, so that rank 0's message is not cut off."""
 LAST_WORDS_SECONDS = 10.0
 """Of the timeout, kept for saying who is missing and for writing the report."""
+SPEECH_SECONDS = 8.0
+"""How long the store may take to say who is missing."""
 LINGER_SECONDS = 1.0
 """How much longer the rank that holds the store stays when all have spoken, for them to read the verdict."""
 ALL_WAITED = "all ranks waited"
@@ -204,17 +206,18 @@ class LastWords:
     def say(self, reason: str, word: str = WAITED) -> NoReturn:
         """Say it, once, from whichever thread comes first, and end the process: a collective may never return."""
         self._once.acquire()  # for good
+        store_is_silent = threading.Timer(SPEECH_SECONDS, self._give_up, (reason,))
+        store_is_silent.daemon = True
+        store_is_silent.start()
         ranks, watch = self._ranks, self._watch
-        deadline = threading.Timer(LAST_WORDS_SECONDS, os._exit, (EXIT_FOUND,))
-        deadline.daemon = True
-        deadline.start()
         try:
             if ranks.is_main:
                 watch.stop()  # it would end this process before the report is written
             watch.report_end(word)
             names = watch.name_missing() if ranks.world_size > 1 else ""
+            store_is_silent.cancel()
             names = "" if names == ALL_WAITED else names
-            print(f"rank {ranks.rank}: {reason}; missing: {names or 'no rank'}", file=sys.stderr, flush=True)
+            self._print(reason, names or "no rank")
             if ranks.is_main:
                 self._close_report(reason if word == WAITED else f"{reason}: it {word}", names)
             if ranks.serves_store:
@@ -223,6 +226,16 @@ class LastWords:
         finally:
             sys.stdout.flush()
             os._exit(EXIT_FOUND)
+
+    def _give_up(self, reason: str) -> NoReturn:
+        holder = "the launcher" if self._ranks.store_is_the_agents else "rank 0"
+        try:
+            self._print(reason, f"{holder}, which holds the job's store and does not answer")
+        finally:
+            os._exit(EXIT_FOUND)
+
+    def _print(self, reason: str, missing: str) -> None:
+        print(f"rank {self._ranks.rank}: {reason}; missing: {missing}", file=sys.stderr, flush=True)
 
     def _close_report(self, reason: str, names: str) -> None:
         from ddp_circles.checks.findings import Finding
@@ -234,7 +247,7 @@ class LastWords:
             if missing
             else "if nobody asked for the end, ranks wait for each other: look at the network between them"
         )
-        self._report.findings.append(Finding("missing", "all", missing, what, advice))
+        self._report.findings.append(Finding("missing", "ranks", missing, what, advice))
         self._report.close(complete=False)
 
 

@@ -22,6 +22,8 @@ Mark = Callable[[str, int], None]
 
 LOOK_SECONDS = 0.5
 """Between two looks of the alarm at the clock and at the other ranks."""
+JOIN_SECONDS = 5.0
+"""How long the end may wait for an answer of the store."""
 WAITING_PLACES = ("/torch/", "/checks/board.py")
 """Where a rank waits for others: in torch's collectives, or at the board."""
 READING_PLACES = tuple(f"/{name}.py" for name in ("collectives", "speed", "oracle", "metrics", "trainer"))
@@ -82,7 +84,8 @@ class Alarm:
 
     It rings when `progress` was not called for `patience` seconds, when another rank reported its end in `store` (None:
     there is no other), and when a signal asks for the end. A thread, because a rank that is caught in a collective runs
-    neither its own code nor its signal handlers. `word` says whether this rank `waited` for others or hangs by itself.
+    neither its own code nor its signal handlers; and another one for the store, which may be caught too. `word` says
+    whether this rank `waited` for others or hangs by itself.
     """
 
     def __init__(
@@ -93,10 +96,13 @@ class Alarm:
         self._waiting_places = (*WAITING_PLACES, *READING_PLACES) if on_cuda else WAITING_PLACES
         self._ring = ring
         self._latest = ("the start", time.monotonic())
+        self._news = ""
+        self._over = threading.Event()
         self._readable, self._writable = os.pipe()
         os.set_blocking(self._writable, False)
         self._fd_before = -1
         self._thread = threading.Thread(target=self._run, name="alarm", daemon=True)
+        self._listener = threading.Thread(target=self._listen, name="alarm's listener", daemon=True)
 
     def progress(self, place: str) -> None:
         """Note that this rank has reached `place`."""
@@ -105,6 +111,7 @@ class Alarm:
     def __enter__(self) -> Self:
         self._fd_before = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
         self._thread.start()
+        self._listener.start()
         return self
 
     def __exit__(
@@ -112,7 +119,9 @@ class Alarm:
     ) -> None:
         signal.set_wakeup_fd(self._fd_before)
         os.close(self._writable)
+        self._over.set()
         self._thread.join()
+        self._listener.join(JOIN_SECONDS)
         os.close(self._readable)
 
     def _run(self) -> None:
@@ -142,7 +151,11 @@ class Alarm:
         place, since = self._latest
         if time.monotonic() - since > self._patience:
             return f"no progress since {place}, for {time.monotonic() - since:.0f} s"
-        try:
-            return "another rank has ended" if self._store is not None and self._store.check(["failed"]) else None
-        except RuntimeError:
-            return "the store of the job is gone"
+        return self._news or None
+
+    def _listen(self) -> None:
+        while self._store is not None and not self._news and not self._over.wait(LOOK_SECONDS):
+            try:
+                self._news = "another rank has ended" if self._store.check(["failed"]) else ""
+            except RuntimeError:
+                self._news = "the store of the job is gone"

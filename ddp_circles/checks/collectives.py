@@ -33,6 +33,8 @@ EXAMPLES = 4
 """Wrong elements told of in full, and broken sums looked into."""
 TOLD = 1000
 """Wrong results that verify.json tells of."""
+TOLD_SOURCES = 64
+"""Sources of wrong elements that a rank tells of."""
 BARRIERS = 3
 """Barriers in each round."""
 LATE_SECONDS = 0.02
@@ -244,7 +246,7 @@ def compare(case: Case, number: int, rank: int, received: Tensor, right: Tensor)
     if not count:
         return []
     offsets = differs.nonzero().view(-1)
-    sources = (offsets // case.elements).unique().tolist() if case.operation in MOVING else []
+    sources = (offsets // case.elements).unique()[:TOLD_SOURCES].tolist() if case.operation in MOVING else []
     examples = [
         {"offset": offset, "expected": _spell(case, right[offset]), "seen": _spell(case, received[offset])}
         for offset in offsets[:EXAMPLES].tolist()

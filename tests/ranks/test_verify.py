@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def check(kind: str, victim: int, outcomes: list[Outcome], folder: Path) -> None
     severity = {"die": "missing", "slow": "warning"}.get(kind, "wrong")
     assert content["findings"], told
     assert {(finding["severity"], *finding["ranks"]) for finding in content["findings"]} == {(severity, victim)}, told
-    checks = {"flip": ("training",), "wrong": ("collectives",), "slow": ("speed",), "die": ("all",)}[kind]
+    checks = {"flip": ("training",), "wrong": ("collectives",), "slow": ("speed",), "die": ("ranks",)}[kind]
     assert all(finding["check"].startswith(checks) for finding in content["findings"])
 
 
@@ -196,6 +197,27 @@ def test_a_frozen_rank_is_named_and_the_others_end_within_the_timeout(patience: 
         assert f"missing: rank {frozen} (host " in outcomes[rank].output
     (finding,) = report(tmp_path)["findings"]
     assert (finding["severity"], finding["ranks"]) == ("missing", [frozen])
+
+
+@pytest.mark.long
+def test_a_frozen_rank_that_holds_the_store_is_named_too(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    flags = ("--out", tmp_path / "verify.json", "--device=cpu", "--timeout=20", "--minutes=1")
+    with Job(verify_and_tell, 3, tmp_path, 3, *flags, environment=environment) as job:
+        wait_for(job, (tmp_path / "rank0").exists)
+        job.signal(signal.SIGSTOP, 0)
+        begun = time.monotonic()
+        for rank in (1, 2):
+            job.processes[rank].join(40)
+        seconds = time.monotonic() - begun
+        outcomes = job.wait(0)
+    assert [outcome.code for outcome in outcomes] == [None, 1, 1]
+    assert seconds < 20
+    for rank in (1, 2):
+        assert "missing: rank 0, which holds the job's store and does not answer" in outcomes[rank].output
 
 
 def verify_impatiently(*flags: object) -> None:
