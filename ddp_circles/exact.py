@@ -5,11 +5,11 @@ the order in which the network adds them. Integer addition is associative. So ea
 itself, to a multiple of 2^-44 held in an int64; these integers are added on the rank, then over all ranks, and turned
 back into float32 once. Which rank ran a micro-batch, and who added what first, cannot change a bit of the result. The
 resolution, 5.7e-14, is finer than the rounding of float32 for every gradient above 1e-6 (over whole trainings of the
-default recipe, `model_3` and `model_4`, the weights were those of float64 sums, to the bit); the range is 2^62 / V units
-for each of V micro-batches, 32768 at V = 8, and a value outside it is counted in an integer that travels with the sum,
-so that all ranks raise the same error at the same step instead of wrapping round. The cost: eight bytes instead of four
-for each gradient on the wire, a few element-wise operations for each micro-batch, and V small backward passes instead
-of one large one. Loss, right answers, the range guard and the stop flag ride in the same collective.
+default recipe, `model_3` and `model_4`, the weights were those of float64 sums, to the bit); the range is 2^62 / V
+units for each of V micro-batches, 32768 at V = 8, and a value outside it is counted in an integer that travels with the
+sum, so that all ranks raise the same error at the same step instead of wrapping round. The cost: eight bytes instead of
+four for each gradient on the wire, a few element-wise operations for each micro-batch, and V small backward passes
+instead of one large one. Loss, right answers, the range guard and the stop flag ride in the same collective.
 """
 
 # DistributedDataParallel compares the annotation objects of its hook: no postponed annotations in this module.
@@ -129,6 +129,10 @@ class ExactReducer:
         """Become the communication hook of `replica`, which wraps the module given at the start."""
         replica.register_comm_hook(self, exact_sum_hook)
         self._replica = replica
+
+    def detach(self) -> None:
+        """Forget the replica, which holds on to this reducer as its hook: together they would never be freed."""
+        self._replica = None
 
     def contexts(self, count: int) -> list[AbstractContextManager[object]]:
         """See `Reducer`: all but the last micro-batch stay on the rank."""

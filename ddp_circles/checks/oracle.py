@@ -84,7 +84,9 @@ def train_together(world: World, workload: Workload, seed: int, trouble: Trouble
     reducer, tally = _make_reducer(model, workload, world)
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     reducer.attach(replica)
-    return _train(_make_trainer(replica, model, reducer, tally, world, workload, seed, witness), witness)
+    run = _train(_make_trainer(replica, model, reducer, tally, world, workload, seed, witness), witness)
+    reducer.detach()
+    return run
 
 
 def make_model(workload: Workload, seed: int) -> Classifier:

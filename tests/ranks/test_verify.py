@@ -4,6 +4,7 @@ The long form, with 20 tries for each kind of fault and 50 clean runs: `bash lau
 """
 
 import functools
+import gc
 import json
 import os
 import random
@@ -142,8 +143,20 @@ def test_the_digest_depends_on_the_seed_alone(tmp_path: Path) -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
+def verify_and_count_replicas(*flags: object) -> None:
+    """Print how many replicas of the model are still there at the end."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    try:
+        verify(*flags)
+    finally:
+        gc.collect()
+        print(f"{sum(type(left) is DistributedDataParallel for left in gc.get_objects())} replicas left")
+
+
 def test_a_soak_counts_its_rounds_and_what_was_wrong_in_them(tmp_path: Path) -> None:
-    outcomes = run(2, tmp_path, "--minutes=0.05", "--inject=wrong@1")
+    outcomes = run(2, tmp_path, "--minutes=0.05", "--inject=wrong@1", function=verify_and_count_replicas)
+    assert "\n0 replicas left\n" in f"\n{outcomes[1].output}"
     assert [outcome.code for outcome in outcomes] == [1, 1]
     content = report(tmp_path)
     rounds = content["oracle"]["rounds"]
