@@ -341,8 +341,9 @@ def _blame_moving(found: Sequence[Wrong], world_size: int) -> tuple[tuple[int, .
 
 def _finding(case: Case, found: Sequence[Wrong], ranks: tuple[int, ...], why: str) -> Finding:
     example = found[0].examples[0]
+    count = sum(wrong.count for wrong in found)
     what = (
-        f"{case}: {sum(wrong.count for wrong in found)} wrong elements; rank {found[0].rank} at offset "
+        f"{case}: {count} wrong element{'s' * (count > 1)}; rank {found[0].rank} at offset "
         f"{example['offset']} expected {example['expected']} and saw {example['seen']}; {why}"
     )
     if not ranks:
