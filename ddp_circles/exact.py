@@ -15,6 +15,7 @@ instead of one large one. Loss, right answers, the range guard and the stop flag
 # DistributedDataParallel compares the annotation objects of its hook: no postponed annotations in this module.
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
+from torch._utils import _flatten_dense_tensors
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,8 +36,8 @@ from ddp_circles.world import World
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-ROW_ELEMENTS = 2**22
-"""Gradients that may wait to be rounded together; one micro-batch always may."""
+WAITING_ELEMENTS = 2**22
+"""Gradients that may wait to be rounded together; those of one micro-batch always may."""
 FAST_AGREES_EVERY = 32
 """Steps between two agreements of the ranks in fast mode."""
 
@@ -69,6 +71,10 @@ def check_model(model: nn.Module) -> None:
         raise UserError("the model has no parameter that requires a gradient: there is nothing to train")
 
 
+Pass = tuple[nn.Module, AbstractContextManager[object]]
+"""What a micro-batch is run through, and the context of its forward and backward pass."""
+
+
 class Reducer(Protocol):
     """Sums gradients and metrics over all ranks, behind the loop's back."""
 
@@ -76,8 +82,8 @@ class Reducer(Protocol):
     def streams(self) -> int:
         """Into how many micro-batches each step is cut, over all ranks."""
 
-    def contexts(self, count: int) -> Sequence[AbstractContextManager[object]]:
-        """The contexts in which this rank runs the `count` micro-batches of one step."""
+    def passes(self, count: int) -> Sequence[Pass]:
+        """How this rank runs the `count` micro-batches of one step; the last one sums over all ranks."""
 
     def weight(self, samples: int) -> float:
         """What a micro-batch's summed loss is multiplied by, in a step of `samples` over all ranks."""
@@ -92,13 +98,14 @@ class Reducer(Protocol):
 class ExactReducer:
     """Integer sums: the same bits for every number of ranks. A DDP communication hook; at world one called directly.
 
-    `model`: the bare module, all of whose parameters must take part in the loss. `streams`: V, of which this rank runs
-    `owned`. `stop_requested`: asked once per step.
+    `bare`: the module, all of whose parameters must take part in the loss. `replica`: its DDP wrapper; in a world of
+    one `bare` itself. `streams`: V, of which this rank runs `owned`. `stop_requested`: asked once per step.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        bare: nn.Module,
+        replica: nn.Module,
         *,
         streams: int,
         owned: int,
@@ -107,12 +114,10 @@ class ExactReducer:
         device: torch.device,
     ) -> None:
         self.streams = streams
-        self._named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        self._named = [(name, value) for name, value in bare.named_parameters() if value.requires_grad]
         self._sizes = [parameter.numel() for _, parameter in self._named]
-        rows = max(1, min(owned, ROW_ELEMENTS // sum(self._sizes)))
-        self._rows = torch.empty(rows, sum(self._sizes), device=device)
-        self._row_views = self._rows.unbind()
-        self._filled = 0
+        self._waiting: list[Tensor] = []
+        self._most_waiting = max(1, min(owned, WAITING_ELEMENTS // sum(self._sizes))) * len(self._named)
         self._integers: Tensor | None = None
         self._peaks: list[Tensor] = []
         self._limit = largest_term(streams, GRADIENT_BITS)
@@ -120,23 +125,17 @@ class ExactReducer:
         self._stop_requested = stop_requested
         self._flag = torch.tensor([[0], [1]], device=device)
         self._sums = torch.zeros(4, dtype=torch.int64, device=device)
-        self._replica: DistributedDataParallel | None = None
         self._reduced = False
-        self._accumulate = _Accumulate(self)
-        self._reduce = _Reduce(self)
+        # What stays on the rank goes past the wrapper, as under no_sync(), but without the cost of its forward pass.
+        self._accumulating: Pass = (bare, _AtExit(self.accumulate))
+        self._reducing: Pass = (replica, _AtExit(self.deliver_own if replica is bare else self.finish))
+        if isinstance(replica, DistributedDataParallel):
+            # Held weakly: DDP keeps its hook's state where no garbage collector sees it, and this holds the replica.
+            replica.register_comm_hook(weakref.proxy(self), exact_sum_hook)
 
-    def attach(self, replica: DistributedDataParallel) -> None:
-        """Become the communication hook of `replica`, which wraps the module given at the start."""
-        replica.register_comm_hook(self, exact_sum_hook)
-        self._replica = replica
-
-    def detach(self) -> None:
-        """Forget the replica, which holds on to this reducer as its hook: together they would never be freed."""
-        self._replica = None
-
-    def contexts(self, count: int) -> list[AbstractContextManager[object]]:
+    def passes(self, count: int) -> list[Pass]:
         """See `Reducer`: all but the last micro-batch stay on the rank."""
-        return [self._accumulate] * (count - 1) + [self._reduce]
+        return [self._accumulating] * (count - 1) + [self._reducing]
 
     def weight(self, samples: int) -> float:
         """See `Reducer`: the sum of all gradients is that of the mean loss."""
@@ -146,29 +145,19 @@ class ExactReducer:
         """See `Reducer`: the ranks agree after every step."""
         return self._sums
 
-    def unsynchronised(self) -> AbstractContextManager[object]:
-        """The context of a backward pass whose gradients stay on this rank."""
-        return self._replica.no_sync() if self._replica is not None else nullcontext()
-
     def accumulate(self) -> None:
-        """Take the gradients of one micro-batch as a row, and clear them."""
-        pieces = []
+        """Take the gradients of one micro-batch, and clear them."""
         for name, parameter in self._named:
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 raise ValueError(self._without_gradient(name))
-            pieces.append(gradient.reshape(-1))
+            self._waiting.append(parameter.grad)
             parameter.grad = None
-        torch.cat(pieces, out=self._row_views[self._filled])
-        self._filled += 1
-        if self._filled == len(self._row_views):
-            self._add_rows()
+        if len(self._waiting) == self._most_waiting:
+            self._add_waiting()
 
     def finish(self) -> None:
-        """End a step's last backward pass: with the hook's sums in place; at world one, with the rank's own."""
-        if self._replica is None:
-            self._deliver_own()
-        elif not self._reduced:  # DDP waits for the missing gradient, and says so only in the next step
+        """End a step's last backward pass, in which the hook has put the sums in place."""
+        if not self._reduced:  # DDP waits for the missing gradient, and says so only in the next step
             missing = [name for name, parameter in self._named if parameter.grad is None]
             raise ValueError(self._without_gradient(*missing))
         self._reduced = False
@@ -177,10 +166,10 @@ class ExactReducer:
     def _without_gradient(*names: str) -> str:
         return f"no gradient for {', '.join(map(repr, names))}: every parameter must take part in the loss"
 
-    def _deliver_own(self) -> None:
-        """The rank's integers are the sum; give it to the parameters as their gradients."""
+    def deliver_own(self) -> None:
+        """End a step's last backward pass at world one: the rank's integers are the sum."""
         self.accumulate()
-        self._add_rows()
+        self._add_waiting()
         assert self._integers is not None
         pieces = dequantize(self._integers, GRADIENT_BITS).split(self._sizes)
         self._integers = None
@@ -190,36 +179,39 @@ class ExactReducer:
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum one DDP bucket over all ranks: its last micro-batch's gradients plus what was accumulated before."""
-        buffer, is_last = bucket.buffer(), bucket.is_last()
+        buffer = bucket.buffer()
         local = self._rounded(buffer)
-        self._add_rows()
+        self._add_waiting()
         if self._integers is not None:
             # Accumulators follow parameters: DDP rebuilds its buckets, in another order, after the first step.
             pieces = zip(self._named, self._integers.split(self._sizes), strict=True)
             by_parameter = {parameter: piece for (_, parameter), piece in pieces}
             local += torch.cat([by_parameter[cast(nn.Parameter, parameter)] for parameter in bucket.parameters()])
+        return self._sum_last(buffer, local) if bucket.is_last() else _sum_meanwhile(buffer, local)
+
+    def _sum_last(self, buffer: Tensor, local: Tensor) -> Future[Tensor]:
+        """Sum the bucket that completes the backward pass, and everything else that travels with the gradients.
+
+        Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
+        than the sum of a small model. Raises if the all-reduce fails.
+        """
         size = local.numel()
-        if is_last:
-            self._integers = None
-            self._reduced = True
-            local = torch.cat([local, self._extras()])
-
-        def deliver(summed: Future[list[Tensor]]) -> Tensor:
-            # Reading the value raises if the all-reduce failed; without that the rank would go on with its own sums.
-            total = summed.value()[0]
-            if is_last:
-                self._sums = total[size:]
-            return buffer.copy_(dequantize(total[:size], GRADIENT_BITS))
-
-        future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
+        total = torch.cat([local, self._extras()])
+        dist.all_reduce(total)
+        self._integers = None
+        self._sums = total[size:]
+        self._reduced = True
+        future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+        future.set_result(buffer.copy_(dequantize(total[:size], GRADIENT_BITS)))
         return future
 
-    def _add_rows(self) -> None:
-        """Round each row by itself and add it to the rank's integers."""
-        if self._filled:
-            integers = self._rounded(self._rows[: self._filled]).sum(0)
+    def _add_waiting(self) -> None:
+        """Round each micro-batch's gradients by themselves and add them to the rank's integers."""
+        if self._waiting:
+            rows = _flatten_dense_tensors(self._waiting).view(-1, sum(self._sizes))
+            integers = self._rounded(rows).sum(0)
             self._integers = integers if self._integers is None else self._integers.add_(integers)
-            self._filled = 0
+            self._waiting.clear()
 
     def _rounded(self, gradients: Tensor) -> Tensor:
         self._peaks.append(torch.linalg.vector_norm(gradients, torch.inf))
@@ -238,30 +230,22 @@ def exact_sum_hook(reducer: ExactReducer, bucket: GradBucket) -> Future[Tensor]:
     return reducer.reduce_bucket(bucket)
 
 
-class _Accumulate:
-    """The context of every micro-batch but the last of a step."""
+def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:
+    """Sum a bucket while the backward pass goes on; `buffer` is given the result."""
 
-    def __init__(self, reducer: ExactReducer) -> None:
-        self._reducer = reducer
-        self._unsynchronised: AbstractContextManager[object] = nullcontext()
+    def deliver(summed: Future[list[Tensor]]) -> Tensor:
+        # Reading the value raises if the all-reduce failed; without that the rank would go on with its own sums.
+        return buffer.copy_(dequantize(summed.value()[0], GRADIENT_BITS))
 
-    def __enter__(self) -> None:
-        self._unsynchronised = self._reducer.unsynchronised()
-        self._unsynchronised.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._unsynchronised.__exit__(kind, error, trace)
-        if error is None:
-            self._reducer.accumulate()
+    future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
+    return future
 
 
-class _Reduce:
-    """The context of a step's last micro-batch."""
+class _AtExit:
+    """A context that calls `finish` when its body has ended well."""
 
-    def __init__(self, reducer: ExactReducer) -> None:
-        self._reducer = reducer
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
 
     def __enter__(self) -> None:
         pass
@@ -270,34 +254,35 @@ class _Reduce:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self._reducer.finish()
+            self._finish()
 
 
 class FastReducer:
     """Plain DDP: one micro-batch per rank, the backend's own all-reduce, no promise about the last bits.
 
-    The ranks agree on metrics and stop requests every `FAST_AGREES_EVERY` steps and after an epoch's last. `model`: the
-    bare module.
+    The ranks agree on metrics and stop requests every `FAST_AGREES_EVERY` steps and after an epoch's last. `replica`:
+    the DDP wrapper; in a world of one the bare module.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        replica: nn.Module,
         *,
         world: World,
         tally: LocalTally,
         stop_requested: Callable[[], bool],
     ) -> None:
         self.streams = world.ranks.world_size
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters = [parameter for parameter in replica.parameters() if parameter.requires_grad]
+        self._pass: Pass = (replica, nullcontext())
         self._world = world
         self._tally = tally
         self._stop_requested = stop_requested
         self._flag = torch.tensor([[0], [1]], device=world.device)
 
-    def contexts(self, count: int) -> list[AbstractContextManager[object]]:
+    def passes(self, count: int) -> list[Pass]:
         """See `Reducer`."""
-        return [nullcontext()] * count
+        return [self._pass] * count
 
     def weight(self, samples: int) -> float:
         """See `Reducer`: DDP averages over ranks; the result is the mean over samples even for unequal shards."""

@@ -272,7 +272,6 @@ def _wire(
     from ddp_circles.trainer import Trainer
 
     tally = LocalTally(world.device)
-    replica, reducer = _replicate(config, world, bare, tally)
     optimizer = _make_optimizer(config, bare)
     samples = len(split.train.inputs)
     recorder: Recorder[Step] = Recorder(
@@ -284,11 +283,10 @@ def _wire(
         metrics=start.state.get("metrics", {}),
     )
     trainer = Trainer(
-        model=replica,
-        bare=bare,
+        model=bare,
         optimizer=optimizer,
         loss=loss,
-        reducer=reducer,
+        reducer=_make_reducer(config, world, bare, tally),
         tally=tally,
         world=world,
         train_set=split.train,
@@ -300,8 +298,8 @@ def _wire(
     return trainer, recorder
 
 
-def _replicate(config: Config, world: World, bare: "nn.Module", tally: "LocalTally") -> "tuple[nn.Module, Reducer]":
-    """The module that the loop calls, and who sums its gradients. A world of one needs no DDP wrapper."""
+def _make_reducer(config: Config, world: World, bare: "nn.Module", tally: "LocalTally") -> "Reducer":
+    """Who sums the gradients of `bare`, through a DDP wrapper around it, which a world of one does without."""
     from torch.nn.parallel import DistributedDataParallel
 
     from ddp_circles.exact import ExactReducer, FastReducer
@@ -310,21 +308,19 @@ def _replicate(config: Config, world: World, bare: "nn.Module", tally: "LocalTal
     alone = world.ranks.world_size == 1
     replica = bare if alone else DistributedDataParallel(bare, gradient_as_bucket_view=True)
     if config.reduction == "fast":
-        return replica, FastReducer(bare, world=world, tally=tally, stop_requested=stop_requested)
+        return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
     idle = world.ranks.world_size - config.micro_batches
     if idle > 0 and world.ranks.is_main:
         warn(f"{idle} ranks have nothing to compute: --micro-batches {config.micro_batches} feeds no more")
-    reducer = ExactReducer(
+    return ExactReducer(
         bare,
+        replica,
         streams=config.micro_batches,
         owned=-(-config.micro_batches // world.ranks.world_size),
         tally=tally,
         stop_requested=stop_requested,
         device=world.device,
     )
-    if isinstance(replica, DistributedDataParallel):
-        reducer.attach(replica)
-    return replica, reducer
 
 
 def _make_optimizer(config: Config, model: "nn.Module") -> "Optimizer":
@@ -394,7 +390,7 @@ def _restore(start: "Start", trainer: "Trainer") -> "Progress":
     state = start.state
     if not state:
         return Progress()
-    _restore_model(start, trainer.bare)
+    _restore_model(start, trainer.model)
     trainer.optimizer.load_state_dict(state["optimizer"])
     if start.run_dir is not None and state["fingerprint"] != start.fingerprint:
         warn(f"this run began on {state['fingerprint']}, not {start.fingerprint}: the same bits are not promised")

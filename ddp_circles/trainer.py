@@ -45,8 +45,8 @@ class Step(NamedTuple):
     """Global step, counted from 0 over the whole run."""
     weight: Tensor
     """What makes summed losses the mean of the step: one over its samples; a float32 scalar."""
-    micro_batches: list[tuple[Tensor, Tensor, AbstractContextManager[object]]]
-    """Inputs, targets, and the context to run them in; the last one's sums the gradients over all ranks."""
+    micro_batches: list[tuple[Tensor, Tensor, nn.Module, AbstractContextManager[object]]]
+    """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks."""
 
 
 class Events(Protocol):
@@ -75,12 +75,10 @@ class Events(Protocol):
 class Trainer:
     """What the loop works on.
 
-    `model` is what the loop calls: the DDP wrapper, or the bare module in a world of one; `bare` is the module itself.
-    `batch_size` is global, 0 for the full batch.
+    `model` is the bare module; `reducer` may wrap it. `batch_size` is global, 0 for the full batch.
     """
 
     model: nn.Module
-    bare: nn.Module
     optimizer: Optimizer
     loss: LossFunction
     reducer: Reducer
@@ -118,11 +116,11 @@ def fit(trainer: Trainer, *, epochs: int, progress: Progress) -> None:
 
 def train_epoch(trainer: Trainer, progress: Progress) -> None:
     """Take the steps of one epoch that are still to do."""
-    model, loss_function, optimizer, tally = trainer.model, trainer.loss, trainer.optimizer, trainer.tally
-    model.train()
+    loss_function, optimizer, tally = trainer.loss, trainer.optimizer, trainer.tally
+    trainer.model.train()
     for step in agreeing_steps(trainer, progress):
         optimizer.zero_grad()  # 3. zero the gradients
-        for inputs, targets, context in step.micro_batches:
+        for inputs, targets, model, context in step.micro_batches:
             with context:
                 logits = model(inputs)  # 1. forward pass
                 loss = loss_function(logits, targets)  # 2. loss, and what accuracy needs
@@ -134,7 +132,7 @@ def train_epoch(trainer: Trainer, progress: Progress) -> None:
 @torch.inference_mode()
 def evaluate(trainer: Trainer, progress: Progress, sharding: Sharding, streams: dict[int, Dataset]) -> Tally:
     """Loss and accuracy on the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
-    model, tally, total = trainer.bare, trainer.tally, Tally()
+    model, tally, total = trainer.model, trainer.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=trainer.world.device)
     model.eval()
     for step in range(sharding.steps):
@@ -186,11 +184,11 @@ def local_steps(trainer: Trainer, progress: Progress, sharding: Sharding) -> Ite
         shares = [_slice(streams[stream], (start, stop)) for stream, (start, stop) in bounds if start < stop] or [
             nothing
         ]
-        contexts = trainer.reducer.contexts(len(shares))
+        passes = trainer.reducer.passes(len(shares))
         yield Step(
             number=progress.epoch * sharding.steps + step,
             weight=weights[sharding.step_size(step)],
-            micro_batches=[(*share, context) for share, context in zip(shares, contexts, strict=True)],
+            micro_batches=[(*share, *how) for share, how in zip(shares, passes, strict=True)],
         )
 
 

@@ -73,20 +73,15 @@ def train_alone(world: World, workload: Workload, seed: int, trouble: Trouble, m
     alone = World(Ranks(), world.device, world.backend, world.store)
     model = make_model(workload, seed).to(world.device)
     witness = Witness(model, partial(mark, run), partial(trouble.flip, f"{run} {seed}"))
-    reducer, tally = _make_reducer(model, workload, alone)
-    return _train(_make_trainer(model, model, reducer, tally, alone, workload, seed, witness), witness)
+    return _train(_make_trainer(model, model, alone, workload, seed, witness), witness)
 
 
 def train_together(world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark) -> Run:
     """Train on all ranks."""
     model = make_model(workload, seed).to(world.device)
     witness = Witness(model, partial(mark, "together"), partial(trouble.flip, f"together {seed}"))
-    reducer, tally = _make_reducer(model, workload, world)
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    reducer.attach(replica)
-    run = _train(_make_trainer(replica, model, reducer, tally, world, workload, seed, witness), witness)
-    reducer.detach()
-    return run
+    return _train(_make_trainer(model, replica, world, workload, seed, witness), witness)
 
 
 def make_model(workload: Workload, seed: int) -> Classifier:
@@ -106,36 +101,29 @@ def make_points(workload: Workload, seed: int) -> tuple[Dataset, Dataset]:
     return Dataset(inputs[:trained], classes[:trained]), Dataset(inputs[trained:], classes[trained:])
 
 
-def _make_reducer(model: nn.Module, workload: Workload, world: World) -> tuple[ExactReducer, LocalTally]:
-    tally = LocalTally(world.device)
-    reducer = ExactReducer(
-        model,
-        streams=workload.micro_batches,
-        owned=-(-workload.micro_batches // world.ranks.world_size),
-        tally=tally,
-        stop_requested=lambda: False,
-        device=world.device,
-    )
-    return reducer, tally
-
-
 def _make_trainer(
     model: nn.Module,
-    bare: nn.Module,
-    reducer: ExactReducer,
-    tally: LocalTally,
+    replica: nn.Module,
     world: World,
     workload: Workload,
     seed: int,
     witness: "Witness",
 ) -> Trainer:
     train_set, test_set = make_points(workload, seed)
+    tally = LocalTally(world.device)
     return Trainer(
         model=model,
-        bare=bare,
-        optimizer=torch.optim.Adam(bare.parameters(), lr=0.01, fused=True),
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.01, fused=True),
         loss=loss_sum,
-        reducer=reducer,
+        reducer=ExactReducer(
+            model,
+            replica,
+            streams=workload.micro_batches,
+            owned=-(-workload.micro_batches // world.ranks.world_size),
+            tally=tally,
+            stop_requested=lambda: False,
+            device=world.device,
+        ),
         tally=tally,
         world=world,
         train_set=train_set.to(world.device),
@@ -157,7 +145,7 @@ def _train(trainer: Trainer, witness: "Witness") -> Run:
     ranks = trainer.world.ranks
     owned = range(ranks.rank, trainer.reducer.streams, ranks.world_size)
     shares = {stream: noted[number :: len(owned)] for number, stream in enumerate(owned)}
-    return Run(_digest(trainer.bare, witness.tallies, ended), sums, shares)
+    return Run(_digest(trainer.model, witness.tallies, ended), sums, shares)
 
 
 def _digest(model: nn.Module, tallies: Sequence[int], ended: str) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def terms(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[list[float
 
 def make_reducer(model: nn.Module, owned: int = STREAMS) -> ExactReducer:
     return ExactReducer(
-        model, streams=STREAMS, owned=owned, tally=LocalTally(CPU), stop_requested=lambda: False, device=CPU
+        model, model, streams=STREAMS, owned=owned, tally=LocalTally(CPU), stop_requested=lambda: False, device=CPU
     )
 
 
@@ -45,7 +45,7 @@ def sum_on_one_rank(gradients: Sequence[Sequence[float]], rows: int = STREAMS) -
     """What one rank's reducer makes of the gradients of a step, and how many values it found out of range."""
     model = nn.Linear(3, 1, bias=False)
     reducer = make_reducer(model, owned=rows)
-    for gradient, context in zip(gradients, reducer.contexts(len(gradients)), strict=True):
+    for gradient, (_, context) in zip(gradients, reducer.passes(len(gradients)), strict=True):
         with context:
             model.weight.grad = torch.tensor([gradient])
     assert model.weight.grad is not None
@@ -151,7 +151,7 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
     for _ in range(100):
         chosen = torch.randint(len(inputs), (64,), generator=generator)
         truth = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
-        for stream, context in enumerate(reducer.contexts(STREAMS)):
+        for stream, (_, context) in enumerate(reducer.passes(STREAMS)):
             share = chosen[stream::STREAMS]
             gradients = torch.autograd.grad(loss_sum(model(inputs[share]), targets[share]) / 64, parameters)
             truth += torch.cat([gradient.flatten() for gradient in gradients]).double()
@@ -206,7 +206,7 @@ def test_parameter_without_gradient_is_named() -> None:
     reducer = make_reducer(model)
     with (
         pytest.raises(ValueError, match=r"no gradient for 'unused\.weight': every parameter must take part"),
-        reducer.contexts(1)[0],
+        reducer.passes(1)[0][1],
     ):
         next(model.parameters()).grad = torch.zeros(1, 2)
 
@@ -214,63 +214,97 @@ def test_parameter_without_gradient_is_named() -> None:
 # ---- the hook
 
 
-class FakeBucket:
-    """The only bucket of a model."""
+UNIT = 2.0**-GRADIENT_BITS
 
-    def __init__(self, model: nn.Module, buffer: Tensor) -> None:
-        self._parameters = list(model.parameters())
-        self._buffer = buffer
+
+class FakeBucket:
+    """One bucket of a model of two parameters, one bucket for each: `last` has the first parameter, as in DDP."""
+
+    def __init__(self, model: nn.Module, *, last: bool) -> None:
+        first, second = model.parameters()
+        self._parameter = first if last else second
+        self._last = last
+        self.gradients = torch.full((self._parameter.numel(),), 3 * UNIT)
 
     def buffer(self) -> Tensor:
-        return self._buffer
+        return self.gradients
 
     def is_last(self) -> bool:
-        return True
+        return self._last
 
     def parameters(self) -> list[nn.Parameter]:
-        return self._parameters
+        return [self._parameter]
 
 
-class FakeWork:
-    """A collective under way."""
+class FakeNetwork:
+    """The all-reduces of a test: each adds 10 to every element, or fails."""
 
     def __init__(self) -> None:
-        self.future: Future[Any] = Future()
+        self.failure: Exception | None = None
 
-    def get_future(self) -> Future[Any]:
+    def all_reduce(self, tensor: Tensor, *, async_op: bool = False) -> "FakeNetwork | None":
+        if async_op:
+            self.future: Future[list[Tensor]] = Future()
+            self.sent = tensor
+            return self
+        if self.failure is not None:
+            raise self.failure
+        tensor += 10
+        return None
+
+    def get_future(self) -> Future[list[Tensor]]:
         return self.future
+
+    def end(self) -> None:
+        """End the collective that is under way."""
+        if self.failure is not None:
+            self.future.set_exception(self.failure)  # type: ignore[arg-type]
+        else:
+            self.future.set_result([self.sent + 10])
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> FakeWork:
-    """The all-reduce of the test, to be ended by it."""
-    started = FakeWork()
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, async_op: started)
-    return started
+def network(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
+    made = FakeNetwork()
+    monkeypatch.setattr(dist, "all_reduce", made.all_reduce)
+    return made
 
 
-def test_a_failed_all_reduce_reaches_whoever_waits_for_the_gradients(work: FakeWork) -> None:
-    model = nn.Linear(3, 1, bias=False)
-    gradients = torch.ones(3)
-    future = make_reducer(model).reduce_bucket(FakeBucket(model, gradients))  # type: ignore[arg-type]
-    work.future.set_exception(RuntimeError("gloo/transport/tcp: connection closed by peer"))
+def test_a_failed_all_reduce_reaches_whoever_waits_for_the_gradients(network: FakeNetwork) -> None:
+    model = nn.Linear(3, 2)
+    reducer, early, last = make_reducer(model), FakeBucket(model, last=False), FakeBucket(model, last=True)
+    network.failure = RuntimeError("gloo/transport/tcp: connection closed by peer")
+    future = reducer.reduce_bucket(early)  # type: ignore[arg-type]
+    network.end()
     with pytest.raises(RuntimeError, match="connection closed by peer"):
         future.wait()
-    assert torch.equal(gradients, torch.ones(3))
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        reducer.reduce_bucket(last)  # type: ignore[arg-type]
+    assert torch.equal(early.gradients, torch.full((2,), 3 * UNIT))
+    assert torch.equal(last.gradients, torch.full((6,), 3 * UNIT))
 
 
-def test_the_sum_of_all_ranks_replaces_the_ranks_own_gradients(work: FakeWork) -> None:
-    model = nn.Linear(3, 1, bias=False)
-    reducer, gradients = make_reducer(model), torch.ones(3)
-    future = reducer.reduce_bucket(FakeBucket(model, gradients))  # type: ignore[arg-type]
-    work.future.set_result([torch.tensor([5, 6, 7, 11, 12, 13, 14])])
-    assert torch.equal(future.wait(), torch.tensor([5.0, 6.0, 7.0]) * 2.0**-GRADIENT_BITS)
-    assert reducer.agreed(0, last=True).tolist() == [11, 12, 13, 14]
+def test_the_sum_of_all_ranks_replaces_the_ranks_own_gradients(network: FakeNetwork) -> None:
+    model = nn.Linear(3, 2)
+    reducer, early, last = make_reducer(model), FakeBucket(model, last=False), FakeBucket(model, last=True)
+    for parameter, units in zip(model.parameters(), (1.0, 2.0), strict=True):
+        parameter.grad = torch.full_like(parameter, units * UNIT)
+    reducer.accumulate()
+    future = reducer.reduce_bucket(early)  # type: ignore[arg-type]
+    network.end()
+    assert torch.equal(future.wait(), torch.full((2,), (3 + 2 + 10) * UNIT))
+    assert torch.equal(reducer.reduce_bucket(last).wait(), torch.full((6,), (3 + 1 + 10) * UNIT))  # type: ignore[arg-type]
+    assert torch.equal(last.gradients, torch.full((6,), (3 + 1 + 10) * UNIT))
+    assert reducer.agreed(0, last=True).tolist() == [10, 10, 10, 10]
 
 
-def test_rows_are_bounded_for_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_gradients_wait_where_the_model_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = sum_on_one_rank([[1.0, 2.0, 3.0]] * STREAMS)
-    monkeypatch.setattr(exact, "ROW_ELEMENTS", 7)
+    monkeypatch.setattr(exact, "WAITING_ELEMENTS", 7)
     model = nn.Linear(3, 1, bias=False)
-    assert make_reducer(model)._rows.shape == (2, 3)
+    reducer = make_reducer(model)
+    for waiting in (1, 0, 1, 0):
+        model.weight.grad = torch.ones(1, 3)
+        reducer.accumulate()
+        assert len(reducer._waiting) == waiting
     assert torch.equal(sum_on_one_rank([[1.0, 2.0, 3.0]] * STREAMS)[0], expected)
