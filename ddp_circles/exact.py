@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_circles.config import UserError
-from ddp_circles.fixed_point import GRADIENT_BITS, dequantize, largest_term, quantize
+from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
 from ddp_circles.metrics import LocalTally
 from ddp_circles.world import World
 
@@ -40,6 +40,8 @@ WAITING_ELEMENTS = 2**22
 """Gradients that may wait to be rounded together; those of one micro-batch always may."""
 FAST_AGREES_EVERY = 32
 """Steps between two agreements of the ranks in fast mode."""
+LOSS_SCALE = torch.tensor(2.0 ** (LOSS_BITS - GRADIENT_BITS))
+"""Makes a unit of loss a unit of gradient, so that both are rounded, and checked for their range, together."""
 
 
 def be_deterministic() -> None:
@@ -115,17 +117,22 @@ class ExactReducer:
     ) -> None:
         self.streams = streams
         self._named = [(name, value) for name, value in bare.named_parameters() if value.requires_grad]
-        self._sizes = [parameter.numel() for _, parameter in self._named]
+        self._parameters = [parameter for _, parameter in self._named]
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        self._size = sum(self._sizes)
         self._waiting: list[Tensor] = []
-        self._most_waiting = max(1, min(owned, WAITING_ELEMENTS // sum(self._sizes))) * len(self._named)
+        self._most_waiting = max(1, min(owned, WAITING_ELEMENTS // self._size)) * len(self._named)
         self._integers: Tensor | None = None
         self._peaks: list[Tensor] = []
-        self._limit = largest_term(streams, GRADIENT_BITS)
+        self._limit = torch.tensor(largest_term(streams, GRADIENT_BITS))
         self._tally = tally
         self._stop_requested = stop_requested
-        self._flag = torch.tensor([[0], [1]], device=device)
+        self._bad, *self._flags = torch.tensor([0, 0, 1], device=device).unbind()
         self._sums = torch.zeros(4, dtype=torch.int64, device=device)
         self._reduced = False
+        if replica is bare:
+            self._own = torch.zeros(self._size, device=device)
+            self._gradients = _unflatten_dense_tensors(self._own, self._parameters)
         # What stays on the rank goes past the wrapper, as under no_sync(), but without the cost of its forward pass.
         self._accumulating: Pass = (bare, _AtExit(self.accumulate))
         self._reducing: Pass = (replica, _AtExit(self.deliver_own if replica is bare else self.finish))
@@ -147,13 +154,13 @@ class ExactReducer:
 
     def accumulate(self) -> None:
         """Take the gradients of one micro-batch, and clear them."""
+        if len(self._waiting) == self._most_waiting:
+            self._add_waiting()
         for name, parameter in self._named:
             if parameter.grad is None:
                 raise ValueError(self._without_gradient(name))
             self._waiting.append(parameter.grad)
             parameter.grad = None
-        if len(self._waiting) == self._most_waiting:
-            self._add_waiting()
 
     def finish(self) -> None:
         """End a step's last backward pass, in which the hook has put the sums in place."""
@@ -169,60 +176,80 @@ class ExactReducer:
     def deliver_own(self) -> None:
         """End a step's last backward pass at world one: the rank's integers are the sum."""
         self.accumulate()
-        self._add_waiting()
+        losses, correct = self._tally.take_apart()
+        loss_units = self._add_waiting(losses * LOSS_SCALE)
         assert self._integers is not None
-        pieces = dequantize(self._integers, GRADIENT_BITS).split(self._sizes)
+        dequantize(self._integers, GRADIENT_BITS, out=self._own)
         self._integers = None
-        for (_, parameter), piece in zip(self._named, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
-        self._sums = self._extras()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._sums = self._metrics(loss_units, correct)
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum one DDP bucket over all ranks: its last micro-batch's gradients plus what was accumulated before."""
+        if self._waiting:
+            self._add_waiting()
         buffer = bucket.buffer()
-        local = self._rounded(buffer)
-        self._add_waiting()
-        if self._integers is not None:
-            # Accumulators follow parameters: DDP rebuilds its buckets, in another order, after the first step.
-            pieces = zip(self._named, self._integers.split(self._sizes), strict=True)
-            by_parameter = {parameter: piece for (_, parameter), piece in pieces}
-            local += torch.cat([by_parameter[cast(nn.Parameter, parameter)] for parameter in bucket.parameters()])
-        return self._sum_last(buffer, local) if bucket.is_last() else _sum_meanwhile(buffer, local)
+        if bucket.is_last():
+            return self._sum_last(bucket, buffer)
+        integers = self._rounded([buffer])
+        self._add_accumulated(integers, bucket)
+        return _sum_meanwhile(buffer, integers)
 
-    def _sum_last(self, buffer: Tensor, local: Tensor) -> Future[Tensor]:
+    def _sum_last(self, bucket: GradBucket, buffer: Tensor) -> Future[Tensor]:
         """Sum the bucket that completes the backward pass, and everything else that travels with the gradients.
 
         Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
         than the sum of a small model. Raises if the all-reduce fails.
         """
-        size = local.numel()
-        total = torch.cat([local, self._extras()])
+        size = buffer.numel()
+        losses, correct = self._tally.take_apart()
+        rounded = self._rounded([buffer, losses * LOSS_SCALE])
+        integers = rounded[:size]
+        self._add_accumulated(integers, bucket)
+        total = torch.cat([integers, self._metrics(rounded[size:], correct)])
         dist.all_reduce(total)
-        self._integers = None
         self._sums = total[size:]
+        self._integers = None
         self._reduced = True
         future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
-        future.set_result(buffer.copy_(dequantize(total[:size], GRADIENT_BITS)))
+        future.set_result(dequantize(total[:size], GRADIENT_BITS, out=buffer))
         return future
 
-    def _add_waiting(self) -> None:
-        """Round each micro-batch's gradients by themselves and add them to the rank's integers."""
-        if self._waiting:
-            rows = _flatten_dense_tensors(self._waiting).view(-1, sum(self._sizes))
-            integers = self._rounded(rows).sum(0)
-            self._integers = integers if self._integers is None else self._integers.add_(integers)
-            self._waiting.clear()
+    def _add_accumulated(self, integers: Tensor, bucket: GradBucket) -> None:
+        """Add to a bucket's `integers` those of the micro-batches before.
 
-    def _rounded(self, gradients: Tensor) -> Tensor:
-        self._peaks.append(torch.linalg.vector_norm(gradients, torch.inf))
-        return quantize(gradients, GRADIENT_BITS)
+        They follow parameters: DDP rebuilds its buckets, in another order, after the first step.
+        """
+        if self._integers is not None:
+            pieces = dict(zip(self._parameters, self._integers.split(self._sizes), strict=True))
+            integers += torch.cat([pieces[cast(nn.Parameter, parameter)] for parameter in bucket.parameters()])
 
-    def _extras(self) -> Tensor:
-        """What rides with the last bucket: loss units, right answers, values out of range, stop flag."""
-        sums = self._tally.take(self.streams)
-        sums[2] += (torch.stack(self._peaks) < self._limit).logical_not_().sum()
-        self._peaks.clear()
-        return torch.cat([sums, self._flag[int(self._stop_requested())]])
+    def _add_waiting(self, *riding: Tensor) -> Tensor:
+        """Round each waiting micro-batch's gradients by themselves and add them to the rank's integers.
+
+        Returns the integers of the tensors that were `riding` along.
+        """
+        elements = len(self._waiting) // len(self._named) * self._size
+        rounded = self._rounded([*self._waiting, *riding])
+        self._waiting.clear()
+        rows = rounded[:elements].view(-1, self._size)
+        integers = rows.sum(0) if len(rows) > 1 else rows[0]
+        self._integers = integers if self._integers is None else self._integers.add_(integers)
+        return rounded[elements:]
+
+    def _rounded(self, values: list[Tensor]) -> Tensor:
+        """All `values` in one row of integers; their largest is remembered."""
+        row = _flatten_dense_tensors(values)
+        self._peaks.append(torch.linalg.vector_norm(row, torch.inf))
+        return quantize(row, GRADIENT_BITS)
+
+    def _metrics(self, loss_units: Tensor, correct: Tensor) -> Tensor:
+        """What rides with the last bucket: loss units, right answers, whether a value is out of range, stop flag."""
+        peaks, self._peaks = self._peaks, []
+        peak = peaks[0] if len(peaks) == 1 else torch.stack(peaks).max()  # of several, NaN is the largest
+        bad = torch.logical_not(peak < self._limit, out=self._bad)
+        return torch.stack([loss_units.sum(), correct, bad, self._flags[self._stop_requested()]])
 
 
 def exact_sum_hook(reducer: ExactReducer, bucket: GradBucket) -> Future[Tensor]:
@@ -235,7 +262,7 @@ def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:
 
     def deliver(summed: Future[list[Tensor]]) -> Tensor:
         # Reading the value raises if the all-reduce failed; without that the rank would go on with its own sums.
-        return buffer.copy_(dequantize(summed.value()[0], GRADIENT_BITS))
+        return dequantize(summed.value()[0], GRADIENT_BITS, out=buffer)
 
     future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
     return future

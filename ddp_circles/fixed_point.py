@@ -7,6 +7,8 @@ GRADIENT_BITS = 44
 """Gradients are multiples of 2^-44 (5.7e-14)."""
 LOSS_BITS = 24
 """Loss sums are multiples of 2^-24 (6e-8), so that a sum may reach 5e11."""
+_TWO_TO_THE = {power: torch.tensor(2.0**power) for bits in (GRADIENT_BITS, LOSS_BITS) for power in (bits, -bits)}
+"""Scalar tensors: a Python number would be made into one anew in every operation. Any device takes them."""
 
 
 def largest_term(terms: int, bits: int) -> float:
@@ -20,9 +22,9 @@ def quantize(values: Tensor, bits: int) -> Tensor:
     Scaling by a power of two is exact, so one rounding happens here and none later. The result means nothing where
     a value is not finite or reaches `largest_term`: the caller checks that.
     """
-    return (values * 2.0**bits).round_().to(torch.int64)
+    return (values * _TWO_TO_THE[bits]).round_().long()
 
 
-def dequantize(integers: Tensor, bits: int) -> Tensor:
-    """The int64 `integers` as float32, rounded once."""
-    return integers.to(torch.float32).mul_(2.0**-bits)
+def dequantize(integers: Tensor, bits: int, out: Tensor) -> Tensor:
+    """The int64 `integers` as float32, rounded once, into `out` of the same shape."""
+    return torch.mul(integers, _TWO_TO_THE[-bits], out=out)

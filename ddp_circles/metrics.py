@@ -54,6 +54,17 @@ class LocalTally:
         self._logits.append(logits.detach())
         self._targets.append(targets)
 
+    def take_apart(self) -> tuple[Tensor, Tensor]:
+        """Each micro-batch's summed loss, float32 of shape [micro-batches], and right answers, an int64 scalar.
+
+        Of what came since the last call, which must be something.
+        """
+        losses, logits, targets = torch.stack(self._losses), _joined(self._logits), _joined(self._targets)
+        self._losses.clear()
+        self._logits.clear()
+        self._targets.clear()
+        return losses, correct_count(logits, targets)
+
     def take(self, terms: int) -> Tensor:
         """Loss units, right answers and micro-batches out of range since the last call; int64 of shape [3].
 
@@ -62,13 +73,13 @@ class LocalTally:
         """
         if not self._losses:
             return self._nothing.clone()
-        losses = torch.stack(self._losses)
-        logits, targets = torch.cat(self._logits), torch.cat(self._targets)
-        self._losses.clear()
-        self._logits.clear()
-        self._targets.clear()
+        losses, correct = self.take_apart()
         bad = (losses.abs() < largest_term(terms, LOSS_BITS)).logical_not_().sum()
-        return torch.stack([quantize(losses, LOSS_BITS).sum(), correct_count(logits, targets), bad])
+        return torch.stack([quantize(losses, LOSS_BITS).sum(), correct, bad])
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class Sums(NamedTuple):

@@ -217,7 +217,7 @@ def _settled(progress: Progress, reader: SumsReader) -> Progress:
 def _add(tally: Tally, sums: Sums, where: str) -> None:
     if sums.out_of_range:
         raise OutOfRangeError(
-            f"{where}, {sums.out_of_range} gradients or losses were not finite or too large for the exact sums: "
+            f"{where}, gradients or losses were not finite or too large for the exact sums: "
             "the training diverged; try a smaller --lr"
         )
     tally.loss_units += sums.loss_units

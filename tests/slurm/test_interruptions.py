@@ -4,6 +4,7 @@ A job spends most of its time waiting for Slurm, so the interruptions are rehear
 for its own.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -124,11 +125,13 @@ def test_an_interrupted_job_ends_with_the_undisturbed_bits(
     training, job = rehearsal.training, rehearsal.job
     log = training.log
 
-    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", 0, 1), log
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), log
+    # a message to the dead node, sent again when it is back, may end the job's new start as well
+    assert job.restarts == 1 or (name == "power cut" and job.restarts == 2), log
     assert training.status == "finished"
     assert INTERRUPTIONS[name].log_line in log
-    assert "start 1: finished" in log
-    resumed_from = training.summary["resumed_from_step"]
+    assert f"start {job.restarts}: finished" in log
+    resumed_from = int(re.findall(r"^continue after step (\d+)", log, re.MULTILINE)[0])
     if name == "power cut":
         assert resumed_from > 0
         assert resumed_from % 10 == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from sklearn.datasets import make_blobs, make_circles, make_moons
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ddp_circles import data
+from ddp_circles import Config, data, fit
+from ddp_circles.config import UserError
 from ddp_circles.data import Split, class_count, make_split
 from ddp_circles.models import Classifier, correct_count, labels_of, loss_sum, probabilities_of
 from tests.ranks import run_ranks
@@ -122,6 +124,25 @@ def test_a_damaged_stored_set_is_made_again(small_cache: Path, name: str, damage
         file.write_bytes(content[:-9] + (b"" if damage == "cut" else bytes(9)))
     assert same(make_split("circles", **CIRCLES), fresh)  # type: ignore[arg-type]
     assert file.read_bytes() == content
+
+
+def refusal(folder: Path) -> str:
+    """What is said where the cache's folder cannot be made."""
+    data.CACHED_FROM = 1
+    tempfile.tempdir = str(folder)
+    (folder / f"ddp_circles-{os.getuid()}").touch()
+    try:
+        fit(Config(run_dir=folder / "run", epochs=1, wandb="disabled", plots=False))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_set_that_cannot_be_stored_is_the_users_to_put_right(tmp_path: Path) -> None:
+    said = run_ranks(refusal, 1, tmp_path)[0]
+    assert said.startswith("--n-samples 1000: ")
+    assert "cannot be written" in said
+    assert "TMPDIR" in said
 
 
 def make_at_once(folder: str) -> tuple[float, list[str]]:

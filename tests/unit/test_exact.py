@@ -35,9 +35,19 @@ def terms(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[list[float
     return st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=STREAMS)
 
 
-def make_reducer(model: nn.Module, owned: int = STREAMS) -> ExactReducer:
+def tally_of(*losses: float) -> LocalTally:
+    """A rank that has seen micro-batches of these losses, with one right answer each."""
+    tally = LocalTally(CPU)
+    for loss in losses:
+        tally.add(torch.tensor(loss), torch.zeros(1), torch.zeros(1))
+    return tally
+
+
+def make_reducer(model: nn.Module, owned: int = STREAMS, tally: LocalTally | None = None) -> ExactReducer:
+    """A reducer at world one, which has seen a loss of 0 if nothing else is said."""
+    tally = tally or tally_of(0.0)
     return ExactReducer(
-        model, model, streams=STREAMS, owned=owned, tally=LocalTally(CPU), stop_requested=lambda: False, device=CPU
+        model, model, streams=STREAMS, owned=owned, tally=tally, stop_requested=lambda: False, device=CPU
     )
 
 
@@ -50,6 +60,19 @@ def sum_on_one_rank(gradients: Sequence[Sequence[float]], rows: int = STREAMS) -
             model.weight.grad = torch.tensor([gradient])
     assert model.weight.grad is not None
     return model.weight.grad.clone(), int(reducer.agreed(0, last=True)[2])
+
+
+def restored(integers: Tensor) -> Tensor:
+    return dequantize(integers, GRADIENT_BITS, out=torch.empty(len(integers)))
+
+
+@settings(deadline=None)
+@given(integer=st.integers(-(2**62), 2**62))
+def test_a_sum_is_rounded_once(integer: int) -> None:
+    value = Fraction(restored(torch.tensor([integer])).item()) * 2**GRADIENT_BITS
+    for towards in (-np.inf, np.inf):
+        neighbour = Fraction(float(np.nextafter(np.float32(value / 2**GRADIENT_BITS), np.float32(towards))))
+        assert abs(integer - value) <= abs(integer - neighbour * 2**GRADIENT_BITS)
 
 
 @settings(deadline=None)
@@ -72,7 +95,7 @@ def test_partition_does_not_change_a_bit(gradients: list[list[float]], data: st.
     ]  # fmt: skip
     added = sum(data.draw(st.permutations(per_rank)), start=torch.zeros(3, dtype=torch.int64))
     expected, _ = sum_on_one_rank(gradients)
-    assert dequantize(added, GRADIENT_BITS).numpy().tobytes() == expected.numpy().tobytes()
+    assert restored(added).numpy().tobytes() == expected.flatten().numpy().tobytes()
 
 
 @settings(deadline=None)
@@ -96,7 +119,7 @@ def test_every_sum_is_either_right_or_reported(gradients: list[list[float]]) -> 
         integers = [sum(round(Fraction(g[column]) * 2**GRADIENT_BITS) for g in gradients) for column in range(3)]
         assert all(abs(integer) < 2**62 for integer in integers)
         expected = torch.tensor(integers, dtype=torch.int64)
-        assert torch.equal(summed.flatten(), dequantize(expected, GRADIENT_BITS))
+        assert torch.equal(summed.flatten(), restored(expected))
     else:
         assert out_of_range > 0
 
@@ -129,12 +152,29 @@ def test_loss_sums_of_a_billion_samples_are_exact(losses: list[float], data: st.
     assert out_of_range == 0
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, largest_term(STREAMS, LOSS_BITS), 1e30])
-def test_loss_out_of_range_is_counted(loss: float) -> None:
-    tally = LocalTally(CPU)
-    tally.add(torch.tensor(loss), torch.zeros(1), torch.zeros(1))
-    tally.add(torch.tensor(1.0), torch.zeros(1), torch.zeros(1))
-    assert tally.take(STREAMS)[2] == 1
+LOSS_LIMIT = largest_term(STREAMS, LOSS_BITS)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, LOSS_LIMIT, -LOSS_LIMIT, 1e30])
+def test_loss_out_of_range_is_noticed(loss: float) -> None:
+    assert sums_of_losses([1.0, loss, 2.0])[2] == 1
+
+
+@settings(deadline=None)
+@given(losses=st.lists(st.floats(-LOSS_LIMIT, LOSS_LIMIT, width=32, exclude_min=True, exclude_max=True), min_size=1))
+def test_losses_ride_along_as_they_are_counted_alone(losses: list[float]) -> None:
+    losses = losses[:STREAMS]
+    units = sum(round(Fraction(loss) * 2**LOSS_BITS) for loss in losses)
+    assert sums_of_losses(losses) == [units, len(losses), 0, 0]
+
+
+def sums_of_losses(losses: Sequence[float]) -> list[int]:
+    """What the ranks agree on after a step of these losses."""
+    model = nn.Linear(3, 1, bias=False)
+    reducer = make_reducer(model, tally=tally_of(*losses))
+    with reducer.passes(1)[0][1]:
+        model.weight.grad = torch.ones(1, 3)
+    return cast(list[int], reducer.agreed(0, last=True).tolist())
 
 
 def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
@@ -145,7 +185,8 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
     inputs, targets = make_split(
         "circles", n_samples=1000, noise=0.03, factor=0.8, test_fraction=0.2, data_seed=42
     ).train
-    reducer = make_reducer(model)
+    tally = LocalTally(CPU)
+    reducer = make_reducer(model, tally=tally)
     generator = torch.Generator().manual_seed(1)
     differing = elements = 0
     for _ in range(100):
@@ -153,7 +194,10 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
         truth = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
         for stream, (_, context) in enumerate(reducer.passes(STREAMS)):
             share = chosen[stream::STREAMS]
-            gradients = torch.autograd.grad(loss_sum(model(inputs[share]), targets[share]) / 64, parameters)
+            logits = model(inputs[share])
+            loss = loss_sum(logits, targets[share])
+            tally.add(loss, logits, targets[share])
+            gradients = torch.autograd.grad(loss / 64, parameters)
             truth += torch.cat([gradient.flatten() for gradient in gradients]).double()
             with context:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -295,7 +339,7 @@ def test_the_sum_of_all_ranks_replaces_the_ranks_own_gradients(network: FakeNetw
     assert torch.equal(future.wait(), torch.full((2,), (3 + 2 + 10) * UNIT))
     assert torch.equal(reducer.reduce_bucket(last).wait(), torch.full((6,), (3 + 1 + 10) * UNIT))  # type: ignore[arg-type]
     assert torch.equal(last.gradients, torch.full((6,), (3 + 1 + 10) * UNIT))
-    assert reducer.agreed(0, last=True).tolist() == [10, 10, 10, 10]
+    assert reducer.agreed(0, last=True).tolist() == [10, 11, 10, 10]
 
 
 def test_few_gradients_wait_where_the_model_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +347,7 @@ def test_few_gradients_wait_where_the_model_is_large(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(exact, "WAITING_ELEMENTS", 7)
     model = nn.Linear(3, 1, bias=False)
     reducer = make_reducer(model)
-    for waiting in (1, 0, 1, 0):
+    for waiting in (1, 2, 1, 2):
         model.weight.grad = torch.ones(1, 3)
         reducer.accumulate()
         assert len(reducer._waiting) == waiting
