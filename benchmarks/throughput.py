@@ -1,10 +1,10 @@
 """Throughput of training against the peers: python -m benchmarks.throughput --ranks 1 2 --rounds 11.
 
-Every contender has processes of its own, which live through all rounds: nobody's settings, patches or warm caches reach
-another. In each round the contenders take turns, beginning with another one each time, so that a busy minute of the
-machine hits all of them; while one runs, the others' processes sleep. One figure is the wall time of a run over 2E
-epochs less that of a run over E epochs, divided by the steps of E epochs: start and end of a run cancel out. Ratios are
-taken within a round.
+Every contender has processes of its own, each bound to a core, which live through all rounds: nobody's settings,
+patches or warm caches reach another. In each round the contenders take turns, beginning with another one each time, so
+that a busy minute of the machine hits all of them; while one runs, the others' processes sleep. One figure is the wall
+time of a run over 2E epochs less that of a run over E epochs, divided by the steps of E epochs: start and end of a run
+cancel out. Ratios are taken within a round.
 """
 
 import argparse
@@ -98,6 +98,7 @@ def work(pipe: Connection, name: str, job: Job, rank: int) -> None:
     """One rank of one contender: train on demand until the pipe is closed."""
     import torch
 
+    bind(rank)
     set_environment(job, rank)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -114,6 +115,12 @@ def work(pipe: Connection, name: str, job: Job, rank: int) -> None:
             leave_group()
             seconds = time.perf_counter() - started
         pipe.send((seconds, figures))
+
+
+def bind(rank: int) -> None:
+    """Keep this rank on one core: where the system happens to place two ranks' threads changes a step by a third."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def set_environment(job: Job, rank: int) -> None:

@@ -140,11 +140,17 @@ class Watch:
                 self._gather_words(self._store)
 
     def name_missing(self) -> str:
-        """Say which ranks are to blame, where each was seen last and how long ago; the first who asks finds it out."""
+        """Say which ranks are to blame, where each was seen last and how long ago; the first who asks finds it out.
+
+        The others wait for its verdict, in bounded time: if each looked at all, a large job would swamp the store.
+        """
         store = self._store
         if store is None:
             return "no other rank to ask"
         try:
+            deadline = time.monotonic() + 2 * WITNESS_SECONDS * (store.add("witnesses", 1) > 1)
+            while not store.check(["verdict"]) and time.monotonic() < deadline:
+                time.sleep(0.1)
             if not store.check(["verdict"]):
                 store.compare_set("verdict", "", self._find_culprits(store))
             return store.get("verdict").decode()

@@ -184,6 +184,66 @@ def parents() -> tuple[int, int]:
     return parent_at_start(), os.getppid()
 
 
+class CountingStore:
+    """A store in this process that counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self.requests = 0
+
+    def clone(self) -> "CountingStore":
+        return self
+
+    def check(self, names: list[str]) -> bool:
+        with self._lock:
+            self.requests += 1
+            return all(name in self._values for name in names)
+
+    def get(self, name: str) -> bytes:
+        with self._lock:
+            self.requests += 1
+            return self._values[name].encode()
+
+    def set(self, name: str, value: str) -> None:
+        with self._lock:
+            self.requests += 1
+            self._values[name] = value
+
+    def compare_set(self, name: str, _expected: str, value: str) -> None:
+        with self._lock:
+            self.requests += 1
+            self._values.setdefault(name, value)
+
+    def add(self, name: str, amount: int) -> int:
+        with self._lock:
+            self.requests += 1
+            self._values[name] = str(int(self._values.get(name, "0")) + amount)
+            return int(self._values[name])
+
+
+def test_naming_the_lost_among_many_costs_each_a_few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "WITNESS_SECONDS", 1.0)
+    store, size, lost = CountingStore(), 1024, 700
+    watches = [Watch(rank, size, launched=False) for rank in range(size)]
+    for watch in watches:
+        watch.connect(store)  # type: ignore[arg-type]
+    names: set[str] = set()
+
+    def fail(watch: Watch) -> None:
+        watch.report_end(WAITED)
+        names.add(watch.name_missing())
+
+    threads = [threading.Thread(target=fail, args=(watch,)) for watch in watches if watch.rank != lost]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(names) == 1
+    assert re.match(rf"rank {lost} \(host [^)]+\) last seen in start, ", names.pop())
+    assert store.requests < 40 * size
+
+
 # ---- the end of a process
 
 

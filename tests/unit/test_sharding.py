@@ -154,3 +154,23 @@ def test_ten_million_samples_make_no_list() -> None:
     assert time.process_time() - started < 20
     assert sum(len(share.inputs) for share in shares.values()) == samples // 4
     assert torch.equal(order.sort().values, everything)
+
+
+# ---- many ranks
+
+
+def test_a_rank_among_many_does_its_own_share_and_no_more() -> None:
+    """What one of 1,024 ranks holds and computes does not depend on how many others there are."""
+    samples, streams, world = 1024 * 50 + 7, 1024, 1024
+    order = TensorSampler(samples, seed=42).order(3)
+    everything = torch.arange(samples)
+    used = torch.zeros(samples, dtype=torch.int64)
+    for rank in range(world):
+        sharding = Sharding(samples, 4096, streams, rank, world)
+        assert list(sharding.owned()) == [rank]
+        [(stream, share)] = streams_of(Dataset(everything, everything), order, sharding).items()
+        assert len(share.inputs) in (50, 51)
+        used[share.inputs] += 1
+        assert sharding.bounds(0, stream) == (0, 4)
+        assert sharding.bounds(sharding.steps - 1, stream)[1] == len(share.inputs)
+    assert (used == 1).all()

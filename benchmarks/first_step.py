@@ -1,0 +1,31 @@
+"""Run a module up to the end of its first optimizer step: python -m benchmarks.first_step FILE MODULE [ARGUMENT ...].
+
+Rank 0 writes the time of day to FILE; then the process is gone, without any clearing up.
+"""
+
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Arm the end, then run the module as `python -m` would."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    noted = Path(sys.argv[1])
+
+    def end(*_: Any) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            noted.write_text(repr(time.time()), encoding="utf-8")
+        os._exit(0)
+
+    register_optimizer_step_post_hook(end)
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

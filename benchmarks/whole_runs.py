@@ -1,0 +1,252 @@
+"""Whole runs, timed from command to end: python -m benchmarks.whole_runs ranks|samples|records|start.
+
+ranks: wide layers and large batches on two ranks against one, and from which size the second rank helps.
+samples: memory and time per epoch from 10^4 to 10^8 points on two ranks.
+records: what tracking, checkpoints and progress lines cost with the default settings.
+start: from the command to the end of the first optimizer step, against a bare script.
+
+What is compared runs in alternation, a round after the other; ratios are taken within a round.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.throughput import RESULTS, Spread, circumstances
+
+PACKAGE = ("-m", "ddp_circles.train")
+QUIET = ("--device", "cpu", "--wandb", "disabled", "--no-plots", "--log-every", "1000000")
+SAMPLED_EVERY = 0.25
+"""Seconds between two looks at the memory of a run."""
+WIDE = ("--hidden", "512", "512")
+SIZES = (64, 256, 1024, 4096, 16384)
+"""Batch sizes among which the second rank begins to help."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished command."""
+
+    seconds: float
+    """From start to end."""
+    mebibytes: float
+    """The most that all its processes held at one moment, shared pages counted once."""
+
+
+def command(ranks: int, *words: str) -> list[str]:
+    """A Python command line on so many ranks: plain for one, torchrun for more."""
+    if ranks == 1:
+        return [sys.executable, *words]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launcher, *words]
+
+
+def run(words: Sequence[str], **environment: str) -> Run:
+    """Run a command to its end; raises `CalledProcessError` where it fails."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        words,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        memory = Memory(process.pid)
+        output, _ = process.communicate()
+        seconds = time.perf_counter() - started
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, words, output)
+    return Run(seconds, memory.stop())
+
+
+class Memory:
+    """Watches what a process and its children hold, in a thread of its own."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._most = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> float:
+        """The most so far, in MiB."""
+        self._ended.set()
+        self._thread.join()
+        return self._most
+
+    def _watch(self) -> None:
+        while not self._ended.wait(SAMPLED_EVERY):
+            with suppress(psutil.Error):
+                family = [self._process, *self._process.children(recursive=True)]
+                held = sum(process.memory_full_info().pss for process in family)
+                self._most = max(self._most, held / 2**20)
+
+
+def train(ranks: int, *flags: str) -> tuple[Run, list[dict[str, Any]]]:
+    """Train in a folder that is removed again; returns the run and its metrics lines."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        done = run(command(ranks, *PACKAGE, "--run-dir", str(folder / "run"), *flags))
+        lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return done, [json.loads(line) for line in lines]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_turns(rounds: int, ways: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Seconds of each way in each round; every round begins with another one."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(ways[name]())
+        shown = "  ".join(f"{name} {values[-1]:.2f}" for name, values in seconds.items())
+        print(f"round {number + 1} of {rounds}: {shown}", file=sys.stderr, flush=True)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> Spread:
+    """Seconds of `name` over those of `reference`, within each round."""
+    return Spread.of([own / other for own, other in zip(seconds[name], seconds[reference], strict=True)])
+
+
+# ---- more ranks
+
+
+def measure_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Whole runs of a wide network on one rank and on two; then epochs of the default network by batch size."""
+    wide = (*QUIET, *WIDE, "--batch-size", "8192", "--n-samples", "102400", "--epochs", str(arguments.epochs))
+
+    def one(ranks: int, reduction: str) -> float:
+        return train(ranks, *wide, "--reduction", reduction)[0].seconds
+
+    jobs = [(ranks, reduction) for reduction in ("fast", "exact") for ranks in (1, 2)]
+    ways = {f"{reduction} on {ranks}": partial(one, ranks, reduction) for ranks, reduction in jobs}
+    seconds = in_turns(arguments.rounds, ways)
+    speedups = {name: asdict(ratio(seconds, f"{name} on 1", f"{name} on 2")) for name in ("fast", "exact")}
+    by_batch = {batch: _step_ratio(batch, arguments.rounds) for batch in SIZES}
+    return {"seconds": seconds, "speedup": speedups, "speedup_by_batch_size": by_batch}
+
+
+def _step_ratio(batch: int, rounds: int) -> dict[str, Any]:
+    """Training time of the default network and mode on one rank over that on two, start-up left out."""
+    flags = (*QUIET, "--batch-size", str(batch), "--n-samples", str(max(10000, 40 * batch)), "--epochs", "4")
+
+    def one(ranks: int) -> float:
+        _, rows = train(ranks, *flags)
+        return min(float(row["seconds"]) for row in rows[1:])
+
+    seconds = in_turns(rounds, {"1": partial(one, 1), "2": partial(one, 2)})
+    return asdict(ratio(seconds, "1", "2"))
+
+
+# ---- more samples
+
+
+def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two ranks, global batch 65536, two epochs: the second one's seconds, and the memory of both ranks together."""
+    points = []
+    for exponent in range(4, arguments.largest + 1):
+        done, rows = train(2, *QUIET, "--batch-size", "65536", "--n-samples", str(10**exponent), "--epochs", "2")
+        points.append({"samples": 10**exponent, "epoch_seconds": rows[-1]["seconds"]} | asdict(done))
+        print(points[-1], file=sys.stderr, flush=True)
+    return {"points": points}
+
+
+def draw_samples(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time per epoch and memory over the number of samples."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axis, name, label in zip(
+        figure.subplots(1, 2),
+        ("epoch_seconds", "mebibytes"),
+        ("seconds per epoch (training and evaluation)", "MiB of both ranks together, at the most"),
+        strict=True,
+    ):
+        axis.loglog([point["samples"] for point in points], [point[name] for point in points], "o-")
+        axis.set_xlabel("samples")
+        axis.set_ylabel(label)
+        axis.grid(visible=True, alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+# ---- records
+
+
+def measure_records(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The default run, as tracked offline, and with nothing recorded but what a run cannot do without."""
+    bare = ("--wandb", "disabled", "--log-every", "1000000", "--checkpoint-seconds", "1000000")
+    ways = {"recorded": partial(_training_seconds, "--wandb", "offline"), "bare": partial(_training_seconds, *bare)}
+    seconds = in_turns(arguments.rounds, ways)
+    return {"seconds": seconds, "recorded_over_bare": asdict(ratio(seconds, "recorded", "bare"))}
+
+
+def _training_seconds(*flags: str) -> float:
+    _, rows = train(1, "--device", "cpu", "--no-plots", *flags)
+    return sum(float(row["seconds"]) for row in rows)
+
+
+# ---- start
+
+
+def measure_start(arguments: argparse.Namespace) -> dict[str, Any]:
+    """From the command to the end of the first optimizer step."""
+    results = {}
+    for ranks in (1, 2):
+        ways = {
+            "package": partial(_first_step, ranks, "ddp_circles.train", *QUIET),
+            "bare script": partial(_first_step, ranks, "benchmarks.bare_start"),
+        }
+        seconds = in_turns(arguments.rounds, ways)
+        results[str(ranks)] = {"seconds": seconds, "ratio": asdict(ratio(seconds, "package", "bare script"))}
+    return results
+
+
+def _first_step(ranks: int, module: str, *flags: str) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        noted = Path(folder) / "time"
+        where = ("--run-dir", folder + "/run") if flags else ()
+        started = time.time()
+        run(command(ranks, "-m", "benchmarks.first_step", str(noted), module, *flags, *where))
+        return float(noted.read_text(encoding="utf-8")) - started
+
+
+MEASUREMENTS = {"ranks": measure_ranks, "samples": measure_samples, "records": measure_records, "start": measure_start}
+
+
+def main() -> None:
+    """Measure what was asked for and leave JSON, and a plot where there is a curve."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_runs", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("what", choices=list(MEASUREMENTS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=15, help="ranks: epochs of the wide network")
+    parser.add_argument("--largest", type=int, default=8, help="samples: exponent of the largest set")
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    document = circumstances(arguments) | MEASUREMENTS[arguments.what](arguments)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{arguments.what}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if arguments.what == "samples":
+        draw_samples(document["points"], RESULTS / "samples.png")
+    print(json.dumps({name: value for name, value in document.items() if name not in ("packages", "arguments")}))
+
+
+if __name__ == "__main__":
+    main()
