@@ -4,7 +4,8 @@ Every contender has processes of its own, each bound to a core, which live throu
 patches or warm caches reach another. In each round the contenders take turns, beginning with another one each time, so
 that a busy minute of the machine hits all of them; while one runs, the others' processes sleep. One figure is the wall
 time of a run over 2E epochs less that of a run over E epochs, divided by the steps of E epochs: start and end of a run
-cancel out. Ratios are taken within a round.
+cancel out. Ratios are taken within a round. On a noisy machine the quietest moments tell more: the least time of 2E
+epochs over all rounds, less the least of E.
 """
 
 import argparse
@@ -38,8 +39,12 @@ NOT_INSTALLED = "not installed (extra `bench`)"
 class Timing:
     """One contender's one round."""
 
+    once: float
+    """Seconds of E epochs."""
+    twice: float
+    """Seconds of 2E epochs."""
     microseconds: float
-    """Per step."""
+    """Per step: the difference, over the steps of E epochs."""
     loss: float
     accuracy: float
     load: float
@@ -75,7 +80,7 @@ class Team:
         load = os.getloadavg()[0]
         once, _ = self.run(epochs)
         twice, (loss, accuracy) = self.run(2 * epochs)
-        return Timing((twice - once) / (epochs * self._job.steps) * 1e6, loss, accuracy, load)
+        return Timing(once, twice, (twice - once) / (epochs * self._job.steps) * 1e6, loss, accuracy, load)
 
     def close(self) -> None:
         """End the processes."""
@@ -199,12 +204,18 @@ def speed_against(timings: Timings, name: str, reference: str) -> Spread:
     return Spread.of([theirs.microseconds / own.microseconds for own, theirs in pairs])
 
 
-def summarise(timings: Timings) -> dict[str, dict[str, Any]]:
+def quietest(values: Sequence[Timing], steps: int) -> float:
+    """Microseconds per step in the quietest moments: the least time of 2E epochs less the least of E, `steps` each."""
+    return (min(timing.twice for timing in values) - min(timing.once for timing in values)) / steps * 1e6
+
+
+def summarise(timings: Timings, steps: int) -> dict[str, dict[str, Any]]:
     """For each contender: microseconds per step and throughput ratios."""
     references = [name for name in (FLOOR, TUTORIAL, FAST, EXACT) if name in timings]
     return {
         name: {
             "microseconds": asdict(Spread.of([timing.microseconds for timing in values])),
+            "quietest_microseconds": quietest(values, steps),
             "throughput_against": {other: asdict(speed_against(timings, name, other)) for other in references},
             "loss": values[-1].loss,
             "accuracy": values[-1].accuracy,
@@ -220,16 +231,21 @@ def table(job: Job, summary: dict[str, dict[str, Any]], names: Sequence[str]) ->
     rows = [
         f"### {title}",
         "",
-        "| | microseconds per step | throughput / floor | throughput / tutorial |",
-        "|---|--:|--:|--:|",
+        "| | microseconds per step | throughput / floor | / tutorial | in quiet moments | / floor | / tutorial |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name in names:
         label = CONTENDERS[name].label
         if name not in summary:
-            rows.append(f"| {label} | {NOT_INSTALLED} | | |")
+            rows.append(f"| {label} | {NOT_INSTALLED} | | | | | |")
             continue
         ratios = summary[name]["throughput_against"]
         cells = [Spread(**ratios[other]).text(2) if other in ratios else "" for other in (FLOOR, TUTORIAL)]
+        quiet = summary[name]["quietest_microseconds"]
+        cells += [f"{quiet:.0f}"] + [
+            f"{summary[other]['quietest_microseconds'] / quiet:.2f}" if other in summary else ""
+            for other in (FLOOR, TUTORIAL)
+        ]
         rows.append(f"| {label} | {Spread(**summary[name]['microseconds']).text(0)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -308,7 +324,9 @@ def main() -> None:
     for ranks in arguments.ranks:
         job = Job(arguments.n_samples, arguments.batch_size, ranks, arguments.device, arguments.fused_peers)
         installed = [name for name in arguments.only if CONTENDERS[name].installed]
-        summary = summarise(measure(job, installed, rounds=arguments.rounds, epochs=arguments.epochs))
+        summary = summarise(
+            measure(job, installed, rounds=arguments.rounds, epochs=arguments.epochs), arguments.epochs * job.steps
+        )
         document["results"][str(ranks)] = summary
         tables.append(table(job, summary, arguments.only))
     text = "\n\n".join(tables) + "\n"
