@@ -1,6 +1,7 @@
-"""Whole runs, timed from command to end: python -m benchmarks.whole_runs ranks|samples|records|start.
+"""Whole runs, timed from command to end: python -m benchmarks.whole_runs WHAT.
 
-ranks: wide layers and large batches on two ranks against one, and from which size the second rank helps.
+ranks: wide layers and large batches on two ranks against one.
+batches: from which batch size a second rank helps the default network.
 samples: memory and time per epoch from 10^4 to 10^8 points on two ranks.
 records: what tracking, checkpoints and progress lines cost with the default settings.
 start: from the command to the end of the first optimizer step, against a bare script.
@@ -26,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.throughput import RESULTS, Spread, circumstances
+from benchmarks.throughput import RESULTS, SPAWN, Spread, circumstances, quiet
 
 PACKAGE = ("-m", "ddp_circles.train")
 QUIET = ("--device", "cpu", "--wandb", "disabled", "--no-plots", "--log-every", "1000000")
@@ -130,30 +131,40 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> Spread:
 
 
 def measure_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Whole runs of a wide network on one rank and on two; then epochs of the default network by batch size."""
+    """Wide layers and large batches on one rank and on two: whole runs, and the training alone."""
     wide = (*QUIET, *WIDE, "--batch-size", "8192", "--n-samples", "102400", "--epochs", str(arguments.epochs))
+    training: dict[str, list[float]] = {}
 
-    def one(ranks: int, reduction: str) -> float:
-        return train(ranks, *wide, "--reduction", reduction)[0].seconds
+    def one(name: str, ranks: int, reduction: str) -> float:
+        done, rows = train(ranks, *wide, "--reduction", reduction)
+        training.setdefault(name, []).append(sum(float(row["seconds"]) for row in rows))
+        return done.seconds
 
-    jobs = [(ranks, reduction) for reduction in ("fast", "exact") for ranks in (1, 2)]
-    ways = {f"{reduction} on {ranks}": partial(one, ranks, reduction) for ranks, reduction in jobs}
-    seconds = in_turns(arguments.rounds, ways)
-    speedups = {name: asdict(ratio(seconds, f"{name} on 1", f"{name} on 2")) for name in ("fast", "exact")}
-    by_batch = {batch: _step_ratio(batch, arguments.rounds) for batch in SIZES}
-    return {"seconds": seconds, "speedup": speedups, "speedup_by_batch_size": by_batch}
+    jobs = {f"{reduction} on {ranks}": (ranks, reduction) for reduction in ("fast", "exact") for ranks in (1, 2)}
+    seconds = in_turns(arguments.rounds, {name: partial(one, name, *job) for name, job in jobs.items()})
+    return {
+        "seconds": seconds,
+        "training_seconds": training,
+        "speedup": {name: asdict(ratio(seconds, f"{name} on 1", f"{name} on 2")) for name in ("fast", "exact")},
+        "training_speedup": {
+            name: asdict(ratio(training, f"{name} on 1", f"{name} on 2")) for name in ("fast", "exact")
+        },
+    }
 
 
-def _step_ratio(batch: int, rounds: int) -> dict[str, Any]:
-    """Training time of the default network and mode on one rank over that on two, start-up left out."""
+def measure_batches(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The default network and mode: an epoch on one rank over one on two, by batch size; start-up left out."""
+    return {"speedup": {str(batch): asdict(_epoch_ratio(batch, arguments.rounds)) for batch in SIZES}}
+
+
+def _epoch_ratio(batch: int, rounds: int) -> Spread:
     flags = (*QUIET, "--batch-size", str(batch), "--n-samples", str(max(10000, 40 * batch)), "--epochs", "4")
 
     def one(ranks: int) -> float:
         _, rows = train(ranks, *flags)
         return min(float(row["seconds"]) for row in rows[1:])
 
-    seconds = in_turns(rounds, {"1": partial(one, 1), "2": partial(one, 2)})
-    return asdict(ratio(seconds, "1", "2"))
+    return ratio(in_turns(rounds, {"1": partial(one, 1), "2": partial(one, 2)}), "1", "2")
 
 
 # ---- more samples
@@ -191,16 +202,52 @@ def draw_samples(points: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def measure_records(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The default run, as tracked offline, and with nothing recorded but what a run cannot do without."""
+    """The default run, tracked offline: which share of its training time is spent in calls that record something.
+
+    Beside that, whole runs against runs that record only what they cannot do without; this includes what tracking
+    does in processes of its own, and all the noise of the machine.
+    """
     bare = ("--wandb", "disabled", "--log-every", "1000000", "--checkpoint-seconds", "1000000")
     ways = {"recorded": partial(_training_seconds, "--wandb", "offline"), "bare": partial(_training_seconds, *bare)}
     seconds = in_turns(arguments.rounds, ways)
-    return {"seconds": seconds, "recorded_over_bare": asdict(ratio(seconds, "recorded", "bare"))}
+    with SPAWN.Pool(1, maxtasksperchild=1) as pool:
+        shares = [pool.apply(recording_share) for _ in range(arguments.rounds)]
+    return {
+        "share": asdict(Spread.of(shares)),
+        "seconds": seconds,
+        "recorded_over_bare": asdict(ratio(seconds, "recorded", "bare")),
+    }
 
 
 def _training_seconds(*flags: str) -> float:
     _, rows = train(1, "--device", "cpu", "--no-plots", *flags)
     return sum(float(row["seconds"]) for row in rows)
+
+
+def recording_share() -> float:
+    """Train with the default settings in this process; returns the part of the training's time spent on recording."""
+    from ddp_circles import Config, fit
+    from ddp_circles.recorder import Recorder
+
+    spent = 0.0
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal spent
+            started = time.perf_counter()
+            try:
+                return method(*arguments, **options)
+            finally:
+                spent += time.perf_counter() - started
+
+        return call
+
+    for name in ("phase", "save_due", "save", "epoch_done"):
+        setattr(Recorder, name, timed(getattr(Recorder, name)))
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        run_dir = fit(Config(run_dir=Path(folder) / "run", device="cpu", wandb="offline", plots=False)).run_dir
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return spent / sum(float(json.loads(line)["seconds"]) for line in lines)
 
 
 # ---- start
@@ -228,7 +275,13 @@ def _first_step(ranks: int, module: str, *flags: str) -> float:
         return float(noted.read_text(encoding="utf-8")) - started
 
 
-MEASUREMENTS = {"ranks": measure_ranks, "samples": measure_samples, "records": measure_records, "start": measure_start}
+MEASUREMENTS = {
+    "ranks": measure_ranks,
+    "batches": measure_batches,
+    "samples": measure_samples,
+    "records": measure_records,
+    "start": measure_start,
+}
 
 
 def main() -> None:
@@ -236,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_runs", description=__doc__.split("\n", 1)[0])
     parser.add_argument("what", choices=list(MEASUREMENTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=15, help="ranks: epochs of the wide network")
+    parser.add_argument("--epochs", type=int, default=30, help="ranks: epochs of the wide network")
     parser.add_argument("--largest", type=int, default=8, help="samples: exponent of the largest set")
     parser.add_argument("--device", choices=("cpu",), default="cpu", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

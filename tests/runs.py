@@ -75,7 +75,7 @@ def start(size: int, run_dir: Path, *flags: object, restarts: int = 0) -> Job:
     return Job(function, max(1, size), "--run-dir", run_dir, *QUIET, *flags, environment=environment)
 
 
-def run(size: int, run_dir: Path, *flags: object, timeout: float = 90.0) -> list[Outcome]:
+def run(size: int, run_dir: Path, *flags: object, timeout: float = 180.0) -> list[Outcome]:
     """How each of `size` ranks ends that trains in `run_dir`."""
     with start(size, run_dir, *flags) as job:
         return job.wait(timeout)
@@ -146,7 +146,7 @@ class Command:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s:\n{self.output}") from None
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 120.0) -> None:
         """Wait for something to come true while it runs."""
         deadline = time.monotonic() + timeout
         while not condition():

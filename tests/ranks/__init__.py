@@ -148,7 +148,7 @@ def run_ranks(
     function: Callable[..., Any],
     size: int,
     *arguments: Any,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """What `function(*arguments)` returns on each of `size` ranks; names the rank that raised, died or hung."""
@@ -168,7 +168,7 @@ def train(*flags: object) -> None:
     main()
 
 
-def train_on(size: int, *flags: object, timeout: float = 90.0) -> list[Outcome]:
+def train_on(size: int, *flags: object, timeout: float = 180.0) -> list[Outcome]:
     """How the trainer's command line ends on each of `size` ranks."""
     with Job(train, size, *flags) as job:
         return job.wait(timeout)

@@ -13,7 +13,7 @@ QUIET = ("--wandb", "disabled", "--no-plots")
 
 def printed(size: int, run_dir: Path, *flags: object) -> list[str]:
     """The epochs' lines on the console; fails if another rank than 0 speaks."""
-    speaker, *others = train_on(size, "--run-dir", run_dir, *QUIET, *flags, timeout=280)
+    speaker, *others = train_on(size, "--run-dir", run_dir, *QUIET, *flags, timeout=560)
     assert [speaker.code, *(other.code for other in others)] == [0] * size, speaker.output
     assert [other.output for other in others] == [""] * len(others)
     return [line for line in speaker.output.splitlines() if line.startswith("Epoch:")]
@@ -24,7 +24,7 @@ def published(name: str) -> list[str]:
     return [words.format(*row) for row in TABLES[name]]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", ["model_1", "model_3", "model_4"])
 def test_every_published_row_is_printed(name: str, size: int, tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_every_published_row_is_printed(name: str, size: int, tmp_path: Path) ->
     assert printed(size, tmp_path, "--recipe", name, *through_last_row) == published(name)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name, size", [("model_1", 2), ("model_1", 3), ("model_4", 2), ("model_4", 3), ("model_4", 4)])
 def test_every_published_row_is_printed_in_fast_mode(name: str, size: int, tmp_path: Path) -> None:
     through_last_row = ("--epochs", TABLES[name][-1][0] + 1)

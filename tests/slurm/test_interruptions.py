@@ -15,7 +15,7 @@ import pytest
 from tests.slurm.cluster import Cluster, Job, wait_until
 from tests.slurm.training import Training, Undisturbed, read_rows
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 REHEARSED_AT_ONCE = 3
 
@@ -40,7 +40,7 @@ def reach_the_time_limit(training: Training) -> None:
     """Bring the limit so near that Slurm gives its early warning the next time it looks, which is every 30 s."""
     job = f"JobId={training.job_id}"
     training.interrupt("scontrol", "update", job, "TimeLimit=10")
-    wait_until(lambda: training.job().restarts == 1, "the job is back in the queue", 60)
+    wait_until(lambda: training.job().restarts == 1, "the job is back in the queue", 120)
     training.cluster.run("scontrol", "update", job, "TimeLimit=60")
 
 

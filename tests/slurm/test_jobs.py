@@ -7,7 +7,7 @@ import pytest
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.training import EPOCHS, STEPS_PER_EPOCH, Training, Undisturbed, read_rows
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 Submit = Callable[..., Training]
 

@@ -10,7 +10,7 @@ import pytest
 from tests.slurm.cluster import FINAL_STATES, Cluster, Job
 from tests.slurm.training import PROJECT
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 
 def verify(cluster: Cluster, folder: Path, *flags: str) -> tuple[Job, str, dict[str, Any]]:
@@ -28,7 +28,7 @@ def verify(cluster: Cluster, folder: Path, *flags: str) -> tuple[Job, str, dict[
         VIRTUAL_ENV=sys.prefix,
         RANKS_PER_NODE="1",
     )
-    job = cluster.wait_for_job(job_id, *FINAL_STATES, seconds=150)
+    job = cluster.wait_for_job(job_id, *FINAL_STATES, seconds=300)
     figures = json.loads((folder / f"verify-{job_id}.json").read_text())
     return job, (folder / f"verify-{job_id}.out").read_text(), figures
 

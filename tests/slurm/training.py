@@ -43,7 +43,7 @@ class Undisturbed:
 def run_undisturbed(run_dir: Path) -> Undisturbed:
     """Train in one plain process."""
     command = [sys.executable, "-m", "ddp_circles.train", "--run-dir", str(run_dir), "--wandb=disabled", *SETTINGS]
-    subprocess.run(command, check=True, cwd=PROJECT, timeout=100)
+    subprocess.run(command, check=True, cwd=PROJECT, timeout=200)
     return Undisturbed((run_dir / "model.safetensors").read_bytes(), read_rows(run_dir))
 
 
@@ -129,7 +129,7 @@ class Training:
     def wait_for_some_steps(self) -> int:
         """Wait until a few of the epochs are done; returns the steps done by then."""
         try:
-            wait_until(lambda: len(read_rows(self.run_dir)) > EPOCHS // 10, "the training is on its way", 90)
+            wait_until(lambda: len(read_rows(self.run_dir)) > EPOCHS // 10, "the training is on its way", 180)
         except ClusterError as error:
             raise self._with_log(error) from None
         return int(read_rows(self.run_dir)[-1]["step"])
@@ -144,13 +144,13 @@ class Training:
             trainer.suspend()
         try:
             self.cluster.run(*command)
-            wait_until(lambda: all(map(_is_told_to_stop, trainers)), "all trainers are told to stop", 60)
+            wait_until(lambda: all(map(_is_told_to_stop, trainers)), "all trainers are told to stop", 120)
         finally:
             for trainer in trainers:
                 with suppress(psutil.NoSuchProcess):
                     trainer.resume()
 
-    def wait(self, *states: str, seconds: float = 150) -> Job:
+    def wait(self, *states: str, seconds: float = 300) -> Job:
         """Wait for one of `states`, by default for the job's end."""
         try:
             return self.cluster.wait_for_job(self.job_id, *states, seconds=seconds)

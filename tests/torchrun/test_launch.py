@@ -72,7 +72,7 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_four_ranks_leave_what_one_process_leaves(tmp_path: Path) -> None:
     (tmp_path / "four").mkdir()
     (tmp_path / "one").mkdir()
@@ -111,7 +111,7 @@ def test_four_ranks_leave_what_one_process_leaves(tmp_path: Path) -> None:
     assert sha256((tmp_path / "four" / "b" / "model.safetensors").read_bytes()).hexdigest() == of_one["weights_sha256"]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_one_rank_that_raises_ends_the_job_and_is_named_once(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, 4, "--fault", "raise@1:20")
     assert ended.code not in (0, 2)
@@ -129,7 +129,7 @@ def test_one_rank_that_raises_ends_the_job_and_is_named_once(tmp_path: Path) -> 
     assert all("rank 1 " in line for line in blamed)
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_bad_flag_is_said_once(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, 4, "--lr", "-1")
     assert ended.code not in (0, 75)
@@ -138,7 +138,7 @@ def test_a_bad_flag_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_a_run_directory_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, 3, "--run-dir", "/dev/null/run")
     assert ended.code not in (0, 75)

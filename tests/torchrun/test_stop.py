@@ -83,13 +83,13 @@ def signal_in_evaluation(number: int, *flags: object) -> None:
 def test_stopped_in_training_and_in_evaluation(tmp_path: Path, alone: Bits, number: int) -> None:
     flags = ("--run-dir", tmp_path, *QUIET, *TINY)
     with Job(signal_in_training, 1, number, 2, *flags) as job:
-        (outcome,) = job.wait(60)
+        (outcome,) = job.wait(120)
     # the request travels with the gradients of the next step
     assert (outcome.code, status(tmp_path), checkpoint_steps(tmp_path)[0]) == (75, "stopped", 4), outcome.output
     assert "stopped after step 4; to continue: " in outcome.output
 
     with Job(signal_in_evaluation, 2, number, *flags) as job:
-        outcomes = job.wait(60)
+        outcomes = job.wait(120)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
     state = newest_state(tmp_path)
     assert (status(tmp_path), state["epoch"], state["step"]) == ("stopped", 0, STEPS_PER_EPOCH)
@@ -97,10 +97,10 @@ def test_stopped_in_training_and_in_evaluation(tmp_path: Path, alone: Bits, numb
     assert outcomes[1].output == ""
 
     with Job(signal_in_training, 3, number, 12, *flags) as job:
-        outcomes = job.wait(60)
+        outcomes = job.wait(120)
     assert ([outcome.code for outcome in outcomes], checkpoint_steps(tmp_path)[0]) == ([0, 0, 0], 21)
     with Job(signal_in_evaluation, 1, number, *flags) as job:
-        (outcome,) = job.wait(60)
+        (outcome,) = job.wait(120)
     assert (outcome.code, status(tmp_path), newest_state(tmp_path)["epoch"]) == (75, "stopped", 2)
     assert finish(2, tmp_path, *TINY) == alone
 
@@ -109,7 +109,7 @@ def test_stopped_in_the_last_evaluation(tmp_path: Path, alone: Bits) -> None:
     flags = (*QUIET, *TINY)
     finish(1, tmp_path, *TINY, "--epochs=3")
     with Job(signal_in_evaluation, 2, signal.SIGTERM, "--run-dir", tmp_path, *flags) as job:
-        job.wait(60)
+        job.wait(120)
     assert (status(tmp_path), checkpoint_steps(tmp_path)[0]) == ("stopped", 28)
     assert finish(3, tmp_path, *TINY) == alone
 
@@ -117,7 +117,7 @@ def test_stopped_in_the_last_evaluation(tmp_path: Path, alone: Bits) -> None:
 def test_fast_runs_stop_where_the_ranks_agree(tmp_path: Path) -> None:
     flags = ("--run-dir", tmp_path, *QUIET, *LONG, "--reduction=fast", "--batch-size=1", "--n-samples=1250")
     with Job(signal_in_training, 2, signal.SIGTERM, 40, *flags) as job:
-        outcomes = job.wait(60)
+        outcomes = job.wait(120)
     assert [outcome.code for outcome in outcomes] == [0, 0]
     assert (status(tmp_path), checkpoint_steps(tmp_path)[0]) == ("stopped", 64)
 
@@ -150,7 +150,7 @@ def test_stopped_before_torch_is_there_and_continued_by_the_printed_command(tmp_
             command.wait_until(partial(listens, process.pid))
             early = not has_loaded_torch(process)
             process.send_signal(number)
-            assert command.wait(60) == 75
+            assert command.wait(120) == 75
         assert early
         assert status(run_dir) == "stopped"
         assert checkpoint_steps(run_dir)[0] == 1
@@ -160,7 +160,7 @@ def test_stopped_before_torch_is_there_and_continued_by_the_printed_command(tmp_
         assert shlex.split(commands[number])[: len(expected)] == expected
 
     with Command(tmp_path / "log", "sh", "-c", commands[signal.SIGINT]) as command:
-        assert command.wait(60) == 0
+        assert command.wait(120) == 0
     assert "continue after step 1" in command.output
     assert bits(tmp_path / f"run {signal.SIGINT}") == alone
     assert finish(2, tmp_path / f"run {signal.SIGTERM}", *TINY) == alone
@@ -187,7 +187,7 @@ def test_a_stop_of_torchrun_stops_its_workers_and_prints_its_command(tmp_path: P
             lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0
         )
         command.process.send_signal(signal.SIGTERM)
-        assert command.wait(30) != 0
+        assert command.wait(90) != 0
         assert command.workers() == []
     assert status(run_dir) == "stopped"
     flags = shlex.join([*TRAINER, *QUIET, *LONG])
@@ -203,6 +203,6 @@ def test_a_stop_of_one_worker_stops_them_all_and_torchrun_ends_well(tmp_path: Pa
     with torchrun(tmp_path / "log", 2, tmp_path / "run", *LONG, options=("--max-restarts=3",)) as command:
         command.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
         command.workers()[1].send_signal(signal.SIGUSR1)
-        assert command.wait(30) == 0
+        assert command.wait(90) == 0
     assert status(tmp_path / "run") == "stopped"
     assert command.output.count("start: ") == 1
