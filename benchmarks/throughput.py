@@ -261,9 +261,7 @@ def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "arguments": {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
-        },
+        "arguments": {name: value for name, value in vars(arguments).items() if name != "output"},
     }
 
 

@@ -63,7 +63,6 @@ def per_step(folder: Path, size: int, settings: dict[str, Any]) -> dict[str, flo
     return {name: (long[name] - short[name]) / (4 * STEPS_PER_EPOCH) for name in ("calls", "collectives", "reads")}
 
 
-
 @pytest.mark.parametrize(
     ("size", "settings", "calls"),
     [
@@ -78,7 +77,6 @@ def test_a_step_stays_lean(tmp_path: Path, size: int, settings: dict[str, Any], 
     assert counted["calls"] <= calls
     assert counted["reads"] <= 1  # of numbers that all ranks agreed on, together
     assert counted["collectives"] == (size > 1)  # gradients, loss, accuracy, guard and stop flag in one
-
 
 
 def test_fast_agrees_seldom(tmp_path: Path) -> None:
