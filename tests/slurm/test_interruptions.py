@@ -126,7 +126,7 @@ def test_an_interrupted_job_ends_with_the_undisturbed_bits(
     log = training.log
 
     assert (job.state, job.exit_code) == ("COMPLETED", 0), log
-    # a message to the dead node, sent again when it is back, may end the job's new start as well
+    # seen on a busy machine: on the node that is back, Slurm ends the job's new start as well
     assert job.restarts == 1 or (name == "power cut" and job.restarts == 2), log
     assert training.status == "finished"
     assert INTERRUPTIONS[name].log_line in log
