@@ -56,12 +56,12 @@ def command(ranks: int, *words: str) -> list[str]:
     return [sys.executable, *launcher, *words]
 
 
-def run(words: Sequence[str], **environment: str) -> Run:
+def run(words: Sequence[str]) -> Run:
     """Run a command to its end; raises `CalledProcessError` where it fails."""
     started = time.perf_counter()
     with subprocess.Popen(
         words,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddp_circles.config import Config, UserError
+
 BLOB_CENTRES = 4
 CACHED_FROM = 2_000_000
 """From so many samples on a set is stored, and shared by the ranks of a node."""
@@ -37,6 +39,28 @@ class Split(NamedTuple):
 
     train: Dataset
     test: Dataset
+
+
+def make_points(config: Config) -> Split:
+    """The points that `config` asks for; raises `UserError` where memory or disk cannot hold so many."""
+    try:
+        return make_split(
+            config.dataset,
+            n_samples=config.n_samples,
+            noise=config.noise,
+            factor=config.factor,
+            test_fraction=config.test_fraction,
+            data_seed=config.data_seed,
+        )
+    except MemoryError as error:
+        raise UserError(
+            f"--n-samples {config.n_samples} needs more memory than there is ({error}): use fewer"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--n-samples {config.n_samples}: so many points are kept in a file, and it cannot be written ({error}): "
+            "make room there, set TMPDIR to another folder, or use fewer"
+        ) from None
 
 
 def make_split(

@@ -187,16 +187,9 @@ def show_test_points(config: Config, model: "nn.Module", count: int) -> str:
 
     Raises `UserError` if there are not so many.
     """
-    from ddp_circles.data import make_split
+    from ddp_circles.data import make_points
 
-    test = make_split(
-        config.dataset,
-        n_samples=config.n_samples,
-        noise=config.noise,
-        factor=config.factor,
-        test_fraction=config.test_fraction,
-        data_seed=config.data_seed,
-    ).test
+    test = make_points(config).test
     if not 1 <= count <= len(test.inputs):
         raise UserError(f"--show must be between 1 and {len(test.inputs)}, the number of test points, got {count}")
     return _table(model, test.inputs[:count], test.targets[:count])

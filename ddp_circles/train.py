@@ -222,26 +222,9 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _make_data(config: Config, data: "Split | None", world: World) -> "Split":
-    from ddp_circles.data import Split, make_split
+    from ddp_circles.data import Split, make_points
 
-    try:
-        train, test = data or make_split(
-            config.dataset,
-            n_samples=config.n_samples,
-            noise=config.noise,
-            factor=config.factor,
-            test_fraction=config.test_fraction,
-            data_seed=config.data_seed,
-        )
-    except MemoryError as error:
-        raise UserError(
-            f"--n-samples {config.n_samples} needs more memory than there is ({error}): use fewer"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"--n-samples {config.n_samples}: so many points are kept in a file, and it cannot be written ({error}): "
-            "make room there, set TMPDIR to another folder, or use fewer"
-        ) from None
+    train, test = data or make_points(config)
     return Split(train.to(world.device), test.to(world.device))
 
 
