@@ -75,10 +75,6 @@ def test_a_bad_flag_is_named_once(flag: str, value: str) -> None:
     check(refused(flag, value), flag)
 
 
-def test_more_points_than_memory_holds(tmp_path: Path) -> None:
-    check(refused("--n-samples", 10**15, "--run-dir", tmp_path / "run", *QUIET), "--n-samples")
-
-
 @pytest.mark.parametrize(
     "content, named",
     [

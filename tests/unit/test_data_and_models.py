@@ -131,6 +131,21 @@ def refusal(folder: Path) -> str:
     data.CACHED_FROM = 1
     tempfile.tempdir = str(folder)
     (folder / f"ddp_circles-{os.getuid()}").touch()
+    return what_fit_says(folder)
+
+
+def refusal_for_memory(folder: Path) -> str:
+    """What is said where the points need more memory than there is."""
+
+    def generate(**_: object) -> Split:
+        np.empty(2**58)  # two exbibytes
+        raise AssertionError
+
+    setattr(data, "_generate", generate)  # noqa: B010 - a plain assignment has another type
+    return what_fit_says(folder)
+
+
+def what_fit_says(folder: Path) -> str:
     try:
         fit(Config(run_dir=folder / "run", epochs=1, wandb="disabled", plots=False))
     except UserError as error:
@@ -143,6 +158,12 @@ def test_a_set_that_cannot_be_stored_is_the_users_to_put_right(tmp_path: Path) -
     assert said.startswith("--n-samples 1000: ")
     assert "cannot be written" in said
     assert "TMPDIR" in said
+
+
+def test_more_points_than_memory_holds_are_the_users_to_put_right(tmp_path: Path) -> None:
+    said = run_ranks(refusal_for_memory, 1, tmp_path)[0]
+    assert said.startswith("--n-samples 1000 needs more memory than there is (")
+    assert "use fewer" in said
 
 
 def make_at_once(folder: str) -> tuple[float, list[str]]:
