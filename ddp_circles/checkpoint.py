@@ -1,5 +1,6 @@
 """Checkpoints: saved atomically, checked when loaded, the newest good one found."""
 
+import contextlib
 import hashlib
 import io
 from pathlib import Path
@@ -54,7 +55,8 @@ class Checkpoints:
         path = self.folder / f"step-{step:012d}.checkpoint"
         write_atomically(path, encode(state))
         for old in self.files()[KEEP:]:
-            old.unlink()
+            with contextlib.suppress(OSError):  # it harms nothing, and the next save tries again
+                old.unlink()
         return path
 
     def load_newest(self) -> tuple[bytes, list[str]]:

@@ -16,6 +16,8 @@ from ddp_circles.config import Config, UserError
 BLOB_CENTRES = 4
 CACHED_FROM = 2_000_000
 """From so many samples on a set is stored, and shared by the ranks of a node."""
+CACHE_WAIT_SECONDS = 3600.0
+"""How long a rank waits for another one of the node to make a set; 10^8 samples take two minutes."""
 CACHE_FILES = ("train_inputs.npy", "train_targets.npy", "test_inputs.npy", "test_targets.npy")
 
 
@@ -115,7 +117,7 @@ def _cached(arguments: dict[str, Any]) -> Split:
     cache = Path(tempfile.gettempdir()) / f"ddp_circles-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}.lock", timeout=CACHE_WAIT_SECONDS):
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             _store(_generate(**arguments), folder)
@@ -128,13 +130,17 @@ def _store(split: Split, folder: Path) -> None:
     """Write the parts of `split` and their checksums; the folder gets its name when it is whole."""
     import numpy as np
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
+    made = folder.with_suffix(".partial")
+    shutil.rmtree(made, ignore_errors=True)  # what a start that was killed here left behind
+    made.mkdir()
+    try:
         for name, part in zip(CACHE_FILES, [*split.train, *split.test], strict=True):
             np.save(made / name, part.numpy())
         (made / "checksums.json").write_text(json.dumps(_checksums(made)))
         made.rename(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def _is_whole(folder: Path) -> bool:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.futures import Future
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_circles.config import UserError
@@ -34,8 +36,6 @@ from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, larges
 from ddp_circles.metrics import LocalTally
 from ddp_circles.world import World
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 WAITING_ELEMENTS = 2**22
 """Gradients that may wait to be rounded together; those of one micro-batch always may."""
 FAST_AGREES_EVERY = 32
@@ -57,9 +57,9 @@ def be_deterministic() -> None:
 def check_model(model: nn.Module) -> None:
     """Raise `UserError` for a model whose result would depend on how its batches are cut up, or on the rank."""
     for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS):
+        if isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats):
             why = "its result depends on the composition of each micro-batch: use GroupNorm or LayerNorm"
-        elif isinstance(module, DROPOUTS) and module.p > 0:
+        elif isinstance(module, nn.RReLU) or _dropout_of(module) > 0:
             why = "its random numbers depend on the rank: leave it out"
         else:
             continue
@@ -69,8 +69,19 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise UserError(f"--reduction exact trains float32 parameters; {name} is {parameter.dtype}: use fast")
+        if not parameter.is_contiguous():
+            raise UserError(
+                f"--reduction exact trains parameters that lie in memory row by row; {name} has strides "
+                f"{parameter.stride()}: make it contiguous(), or use fast"
+            )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no parameter that requires a gradient: there is nothing to train")
+
+
+def _dropout_of(module: nn.Module) -> float:
+    """The share that `module` itself drops: as a layer for that, or inside, as attention and recurrent layers do."""
+    share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+    return share if isinstance(share, (int, float)) else 0.0
 
 
 Pass = tuple[nn.Module, AbstractContextManager[object]]

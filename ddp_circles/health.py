@@ -21,6 +21,8 @@ GRACE_SECONDS = 7.0
 """How long a rank may take to end by itself once the job has failed."""
 WITNESS_SECONDS = 3.0
 """How long survivors wait for each other's word before they name who gave none; some heartbeats long."""
+STORE_SECONDS = 30.0
+"""How long the last words to the store may take in all; several times what the waits in them add up to."""
 WAITED = "waited"
 """The last word of a rank that failed because another one did."""
 
@@ -132,6 +134,17 @@ class Watch:
             if word != WAITED:
                 store.compare_set("verdict", "", self._describe(store, self.rank, word))
             store.set("failed", str(self.rank))
+
+    @contextmanager
+    def patient_with_store(self) -> Iterator[None]:
+        """End the process if what is done with the store meanwhile hangs: its holder may be frozen."""
+        hung = threading.Timer(STORE_SECONDS, self._end_process, ("the store of the job does not answer",))
+        hung.daemon = True
+        hung.start()
+        try:
+            yield
+        finally:
+            hung.cancel()
 
     def linger(self) -> None:
         """Give the others time to read the store, which goes down with this process."""

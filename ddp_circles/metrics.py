@@ -1,5 +1,6 @@
 """Loss and accuracy as integer sums: equal to the last digit at any number of ranks."""
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from ddp_circles.fixed_point import LOSS_BITS, largest_term, quantize
 from ddp_circles.models import correct_count
+
+POLL_SECONDS = 2e-5
+"""Between two looks whether the device has come to a sum; far below the time of a step."""
 
 
 @dataclass
@@ -98,11 +102,13 @@ class Sums(NamedTuple):
 class SumsReader:
     """Reads `Sums` from the device: at once on the CPU, one agreement late on CUDA, where reading at once would wait.
 
-    The delay is the same on all ranks, so they act on what they read at the same step.
+    The delay is the same on all ranks, so they act on what they read at the same step. On CUDA an all-reduce only joins
+    a queue, and what waits for the missing rank is the reading: after `seconds` it raises `ConnectionError`.
     """
 
-    def __init__(self, delay: int) -> None:
+    def __init__(self, delay: int, seconds: float) -> None:
         self._delay = delay
+        self._seconds = seconds
         self._pending: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()
 
     def post(self, step: int, seen: int, sums: Tensor) -> None:
@@ -123,8 +129,14 @@ class SumsReader:
         """The sums that are not due yet; they will be given again."""
         return [self._value(*pending) for pending in self._pending]
 
-    @staticmethod
-    def _value(step: int, seen: int, sums: Tensor, event: torch.cuda.Event | None) -> Sums:
+    def _value(self, step: int, seen: int, sums: Tensor, event: torch.cuda.Event | None) -> Sums:
         if event is not None:
-            event.synchronize()
+            self._wait(event)
         return Sums(step, seen, *sums.tolist())
+
+    def _wait(self, event: torch.cuda.Event) -> None:
+        deadline = time.monotonic() + self._seconds
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"no sum of all ranks came within {self._seconds:.0f} s")
+            time.sleep(POLL_SECONDS)

@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
@@ -190,6 +191,8 @@ class Recorder(Generic[StepT]):
 
 def write_model(path: Path, state: dict[str, Tensor]) -> str:
     """Store `state` as safetensors, the same bytes for the same bits, and return the file's SHA-256."""
-    content = safetensors_bytes({name: value.detach().cpu().contiguous() for name, value in state.items()})
+    # Copies, since tied weights are one tensor under two names, and safetensors takes each memory once.
+    copies = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    content = safetensors_bytes(copies)
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()

@@ -30,9 +30,12 @@ class RunDir:
     def open(self) -> None:
         """Make the folder and take its lock.
 
-        Raises `UserError` where it cannot be written, or where another run still holds it after `LOCK_WAIT_SECONDS`.
+        Raises `UserError` where it cannot be written, where it has a configuration file that no run wrote, or where
+        another run still holds it after `LOCK_WAIT_SECONDS`.
         """
         try:
+            if self.status is None and (foreign := self.path / "config.toml").exists():
+                raise UserError(f"--run-dir {self.path} would overwrite {foreign}, which is no run's: choose another")
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError("no permission to write")

@@ -23,6 +23,8 @@ class Start:
     """Whether the run directory says that the run is finished."""
     fingerprint: dict[str, str]
     """What this rank's bits depend on besides the configuration."""
+    names: list[str]
+    """What this start is called by the launchers of all ranks."""
     run_dir: RunDir | None
 
 
@@ -34,13 +36,13 @@ def open_run(
     `settings`: what a run cannot change when it is continued, by name. `fault_rank`: must be a rank of this world when
     the run is new.
     """
-    marks = _compare_ranks(world, threads)
+    marks, names = _compare_ranks(world, threads)
     opened, found, refusal = None, None, None
     if world.ranks.is_main:
         try:
             opened = RunDir(run_dir or Path("runs") / _run_name(world))
             opened.open()
-            found = _read(world, opened, resume, settings, fault_rank)
+            found = _read(world, opened, resume, names, settings, fault_rank)
         except UserError as error:
             refusal = str(error)
     path, found, refusal = world.broadcast((opened and opened.path, found, refusal))
@@ -49,17 +51,17 @@ def open_run(
             opened.close()
         raise UserError(refusal)
     content, finished = found
-    return Start(path, decode(content) if content else {}, finished, marks, opened)
+    return Start(path, decode(content) if content else {}, finished, marks, names, opened)
 
 
 def _read(
-    world: World, run_dir: RunDir, resume: str, settings: dict[str, Any], fault_rank: int | None
+    world: World, run_dir: RunDir, resume: str, names: list[str], settings: dict[str, Any], fault_rank: int | None
 ) -> tuple[bytes, bool]:
     """The newest good checkpoint's bytes, and whether the run is finished."""
-    if resume == "never" and not world.ranks.restarts:  # a restart goes on with what this very start began
-        run_dir.clear()
     checkpoints = Checkpoints(run_dir.checkpoints)
     checkpoints.sweep()
+    if resume == "never" and not world.ranks.restarts and not _was_begun_as(names, checkpoints):
+        run_dir.clear()
     content, warnings = checkpoints.load_newest()
     for warning in warnings:
         warn(warning)
@@ -67,11 +69,25 @@ def _read(
         _check_same_run(settings, decode(content)["settings"], run_dir.path)
     elif resume == "must":
         raise UserError(f"--resume must: there is no checkpoint in {run_dir.checkpoints}")
+    elif run_dir.model.exists():
+        raise UserError(
+            f"{run_dir.path} holds a trained model and no checkpoint to go on from: choose another --run-dir, "
+            "or start over in this one with --resume never"
+        )
     elif fault_rank is not None and fault_rank >= world.ranks.world_size:
         raise UserError(
             f"--fault names rank {fault_rank}, and this world has {world.ranks.world_size} ranks, counted from 0"
         )
     return content, run_dir.status == "finished"
+
+
+def _was_begun_as(names: list[str], checkpoints: Checkpoints) -> bool:
+    """Whether this very start made the checkpoints: it may be here again after a requeue, a retry or a lost node."""
+    try:
+        content, _ = checkpoints.load_newest()
+    except UserError:
+        return False
+    return bool(content) and not set(names).isdisjoint(decode(content).get("starts", ()))
 
 
 def _run_name(world: World) -> str:
@@ -95,11 +111,14 @@ def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> 
         raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. Choose another --run-dir")
 
 
-def _compare_ranks(world: World, threads: int) -> dict[str, str]:
-    """This rank's fingerprint; a mix is warned about, since then the same bits cannot be promised."""
+def _compare_ranks(world: World, threads: int) -> tuple[dict[str, str], list[str]]:
+    """This rank's fingerprint, and the names of this start on all ranks.
+
+    A mix of fingerprints is warned about, since then the same bits cannot be promised.
+    """
     marks = fingerprint(world.device, threads)
-    everyone = world.gather(marks)
+    everyone, starts = zip(*world.gather((marks, world.ranks.start)), strict=True)
     for name in marks if world.ranks.is_main else ():
         if len(kinds := sorted({other[name] for other in everyone})) > 1:
             warn(f"the ranks differ in {name} ({', '.join(kinds)}): the same bits are not promised")
-    return marks
+    return marks, sorted({start for start in starts if start is not None})

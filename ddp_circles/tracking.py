@@ -53,6 +53,16 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def say(line: str) -> None:
+    """Print a line; a reader that left, or a full disk, ends the output and not the training."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        warn(f"no more lines on standard output: {error.strerror}")
+        # What is buffered must have somewhere to go, or Python fails over it on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Tracker(Protocol):
     """Something that follows a run."""
 
@@ -70,7 +80,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Several trackers as one; with none of them, the tracker of ranks other than 0."""
+    """Several trackers as one."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
@@ -197,7 +207,7 @@ class Console:
     def log(self, row: Row) -> None:
         """Print the line if it is due, and draw the bar."""
         if row["epoch"] % self._every == 0:
-            self._print(
+            say(
                 f"Epoch: {row['epoch']} | Loss: {row['train/loss']:.5f}, Acc: {row['train/accuracy'] * 100:.2f}% | "
                 f"Test loss: {row['test/loss']:.5f}, Test acc: {row['test/accuracy'] * 100:.2f}%"
             )
@@ -215,15 +225,6 @@ class Console:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _print(self, line: str) -> None:
-        try:
-            print(line, flush=True)
-        except OSError as error:
-            # A reader that left, or a full disk, ends the output and not the training; what is buffered must have
-            # somewhere to go, or Python fails over it on its way out.
-            warn(f"no more lines on standard output: {error.strerror}")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _draw(self, epochs_done: int) -> None:
         if self._bar is None:

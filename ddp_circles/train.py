@@ -18,7 +18,6 @@ from ddp_circles.health import WAITED, Watch, parent_at_start, stop_requested
 from ddp_circles.world import (
     Ranks,
     World,
-    choose_device,
     is_lost_peer,
     open_world,
     pin_threads,
@@ -137,8 +136,7 @@ def fit(
         watch = Watch(ranks.rank, ranks.world_size, launched=ranks.launched)
         watch.start()
         try:
-            device, backend = choose_device(config.device, config.backend, ranks)
-            with open_world(ranks, device, backend, config.timeout) as world, ExitStack() as at_end:
+            with open_world(ranks, config.device, config.backend, config.timeout) as world, ExitStack() as at_end:
                 watch.connect(world.store)
                 try:
                     return _fit_in_world(config, world, watch, at_end, model, data, loss)
@@ -159,14 +157,15 @@ def _leave(error: Exception, world: World, watch: Watch) -> None:
     if isinstance(error, StopRequestedError):
         raise SystemExit(0 if ranks.launcher == "torchrun" else EXIT_STOPPED) from None
     lost_peer = is_lost_peer(error)
-    watch.report_end(WAITED if lost_peer else f"raised {type(error).__name__}")
-    if lost_peer:
-        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-        print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
-    elif isinstance(error, OutOfRangeError):
-        print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
-    if ranks.serves_store:
-        watch.linger()
+    with watch.patient_with_store():
+        watch.report_end(WAITED if lost_peer else f"raised {type(error).__name__}")
+        if lost_peer:
+            reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+            print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
+        elif isinstance(error, OutOfRangeError):
+            print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+        if ranks.serves_store:
+            watch.linger()
     if lost_peer or isinstance(error, OutOfRangeError):
         raise SystemExit(1) from None
 
@@ -199,6 +198,7 @@ def _fit_in_world(
         _restore_model(start, bare)
         _say(world, f"{start.path} is finished after {start.state['epoch']} epochs: ask for more --epochs to go on")
         return Result(bare, start.state["metrics"], start.path, world.ranks.is_main)
+    _check_epochs(start, config.epochs)
     split = _make_data(config, data, world)
     trainer, recorder = _wire(config, world, watch, start, bare, split, loss or _default_loss())
     at_end.callback(recorder.close)
@@ -217,6 +217,13 @@ def _fit_in_world(
     return Result(bare, recorder.metrics, start.path, world.ranks.is_main)
 
 
+def _check_epochs(start: "Start", epochs: int) -> None:
+    """Refuse an end that lies behind the checkpoint: the model would be that of the middle of another epoch."""
+    if start.state and (start.state["epoch"], start.state["step"]) > (epochs, 0):
+        begun = start.state["epoch"] + (start.state["step"] > 0)
+        raise UserError(f"--epochs {epochs}: {start.path} has come to epoch {begun} already; ask for as many, or more")
+
+
 def _settings(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in COMPARED_FIELDS}
 
@@ -224,7 +231,7 @@ def _settings(config: Config) -> dict[str, Any]:
 def _make_data(config: Config, data: "Split | None", world: World) -> "Split":
     from ddp_circles.data import Split, make_points
 
-    train, test = data or make_points(config)
+    train, test = data or world.together(lambda: make_points(config))
     return Split(train.to(world.device), test.to(world.device))
 
 
@@ -359,6 +366,7 @@ def _open_records(
             "settings": _settings(config),
             "fingerprint": start.fingerprint,
             "tracking_id": tracking_id,
+            "starts": start.names,
         },
     )
 
@@ -403,8 +411,10 @@ def _announce(world: World, start: "Start", step: int) -> None:
 
 
 def _say(world: World, message: str) -> None:
+    from ddp_circles.tracking import say
+
     if world.ranks.is_main:
-        print(message, flush=True)
+        say(message)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ for each epoch:
         for each micro-batch of this rank:
             forward pass, loss, backward
         step the optimizer
-        agree on loss, accuracy and stop requests, which rode along with the gradients
+        agree on loss, accuracy and stop requests
     evaluate on the test set
 """
 
@@ -44,7 +44,7 @@ class Step(NamedTuple):
     number: int
     """Global step, counted from 0 over the whole run."""
     weight: Tensor
-    """What makes summed losses the mean of the step: one over its samples; a float32 scalar."""
+    """What a summed loss is multiplied by, so that the reducer's sum is the step's mean; a float32 scalar."""
     micro_batches: list[tuple[Tensor, Tensor, nn.Module, AbstractContextManager[object]]]
     """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks."""
 
@@ -134,6 +134,7 @@ def evaluate(trainer: Trainer, progress: Progress, sharding: Sharding, streams: 
     """Loss and accuracy on the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
     model, tally, total = trainer.model, trainer.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=trainer.world.device)
+    reader = SumsReader(delay=0, seconds=trainer.world.patience)
     model.eval()
     for step in range(sharding.steps):
         for stream in sharding.owned():
@@ -141,7 +142,8 @@ def evaluate(trainer: Trainer, progress: Progress, sharding: Sharding, streams: 
             logits = model(inputs)
             tally.add(trainer.loss(logits, targets), logits, targets)
         local = torch.cat([tally.take(sharding.streams), stop_flag.fill_(trainer.events.stop_requested())])
-        sums = Sums(step, sharding.seen(step + 1), *trainer.world.sum(local).tolist())
+        reader.post(step, sharding.seen(step + 1), trainer.world.sum(local))
+        (sums,) = reader.read()
         _add(total, sums, f"in the evaluation after epoch {progress.epoch}")
         if sums.stop_requests:
             trainer.events.save(progress)
@@ -152,7 +154,7 @@ def evaluate(trainer: Trainer, progress: Progress, sharding: Sharding, streams: 
 def agreeing_steps(trainer: Trainer, progress: Progress) -> Iterator[Step]:
     """The epoch's remaining steps; after each, take in what the ranks agreed on, and save or stop if that is due."""
     sharding = trainer.sharding(len(trainer.train_set.inputs), trainer.batch_size)
-    reader = SumsReader(delay=1 if trainer.world.device.type == "cuda" else 0)
+    reader = SumsReader(delay=1 if trainer.world.device.type == "cuda" else 0, seconds=trainer.world.patience)
     for step in trainer.events.wrap_steps(local_steps(trainer, progress, sharding)):
         yield step
         progress.step += 1
@@ -165,8 +167,8 @@ def agreeing_steps(trainer: Trainer, progress: Progress) -> Iterator[Step]:
         for due in reader.read(everything=last):
             _add(progress.train, due, f"in step {due.step}")
             stop = stop or due.stop_requests > 0
-        diverged = any(pending.out_of_range for pending in reader.peek())
-        if (stop or trainer.events.save_due(step.number + 1)) and not diverged:
+        # What is read late is waited for only here: a diverged step must not be saved.
+        if (stop or trainer.events.save_due(step.number + 1)) and not any(late.out_of_range for late in reader.peek()):
             trainer.events.save(_settled(progress, reader))
         if stop:
             raise StopRequestedError

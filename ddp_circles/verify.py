@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from ddp_circles.config import LONGEST_TIMEOUT, MOST_THREADS, UserError
 from ddp_circles.health import WAITED, Watch, stop_requested
-from ddp_circles.world import Ranks, World, choose_device, is_lost_peer, open_world, pin_threads, read_ranks
+from ddp_circles.world import Ranks, World, is_lost_peer, open_world, pin_threads, read_ranks
 
 if TYPE_CHECKING:
     from ddp_circles.checks.injection import Injection
@@ -136,8 +136,7 @@ def verify(settings: Settings, ranks: Ranks) -> int:
     watch = Watch(ranks.rank, ranks.world_size, launched=ranks.launched)
     watch.start()
     try:
-        device, backend = choose_device(settings.device, settings.backend, ranks)
-        with open_world(ranks, device, backend, settings.timeout) as world:
+        with open_world(ranks, settings.device, settings.backend, settings.timeout) as world:
             watch.connect(world.store)
             return _verify_in_world(settings, world, watch, injection)
     finally:

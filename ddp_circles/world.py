@@ -3,15 +3,18 @@
 The only module that reads launcher variables and the only one that creates or destroys a process group.
 """
 
+import contextlib
+import json
 import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ddp_circles.config import UserError
 
@@ -20,6 +23,12 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 SHARED_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+START_VARIABLE = "DDP_CIRCLES_START"
+"""Set by launchers that start the ranks again by themselves: what names this start through all of that."""
+HEARING_SECONDS = 5.0
+"""How long the rank that serves the store stays, so that the others can read why the job is refused."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Ranks:
     """The launcher's name of the run, the same after a restart or requeue; None where it has none."""
     restarts: int = 0
     """How often torchrun has restarted the workers."""
+    start: str | None = None
+    """The launcher's name of this start, the same after a requeue or retry; None where it does neither."""
     store_address: tuple[str, int] | None = None
     """Where the ranks meet; None for one process."""
     store_is_the_agents: bool = False
@@ -101,6 +112,7 @@ def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
             launcher="torchrun",
             job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
             restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+            start=environment.get(START_VARIABLE),
             store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
             store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
@@ -122,6 +134,7 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
             nodes=nodes,
             launcher="srun",
             job_id=environment["SLURM_JOB_ID"],
+            start=environment.get(START_VARIABLE),
             store_address=(host, port) if world_size > 1 else None,
         )
     )
@@ -180,23 +193,105 @@ def choose_device(device: str, backend: str, ranks: Ranks) -> "tuple[torch.devic
     chosen = backend if backend != "auto" else ("nccl" if on_cuda else "gloo")
     if not on_cuda:
         return torch.device("cpu"), chosen
-    if chosen == "nccl" and ranks.local_world_size > gpus:
-        raise UserError(
-            f"{ranks.local_world_size} ranks on this node and {gpus} CUDA devices: start one rank per device, "
+    return torch.device("cuda", ranks.local_rank % gpus), chosen
+
+
+def device_uuid(device: "torch.device") -> str:
+    """The GPU's own name, by which it is known whatever number it has in a process; empty for the CPU."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+class Place(NamedTuple):
+    """Where one rank computes, or why it cannot; what the ranks compare before they meet."""
+
+    host: str
+    kind: str = ""
+    """Device type and backend."""
+    uuid: str = ""
+    refusal: str = ""
+
+
+def _agree_on_device(store: "Store", ranks: Ranks, device: str, backend: str) -> "tuple[torch.device, str]":
+    """This rank's device and backend, once rank 0 has seen that those of all ranks go together.
+
+    Raises the same `UserError` on all ranks where they do not.
+    """
+    import torch
+
+    host, chosen = socket.gethostname(), None
+    try:
+        chosen = choose_device(device, backend, ranks)
+        if chosen[0].type == "cuda":
+            torch.cuda.set_device(chosen[0])
+        place = Place(host, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
+    except (UserError, RuntimeError) as error:  # the latter from a GPU that is there and does not work
+        place = Place(host, refusal=str(error))
+    store.set(f"place/{ranks.rank}", json.dumps(place))
+    if ranks.is_main:
+        places = [Place(*json.loads(store.get(f"place/{rank}"))) for rank in range(ranks.world_size)]
+        store.set("refusal", why_not_together(places))
+    refusal = store.get("refusal").decode()
+    if refusal or chosen is None:
+        store.set(f"heard/{ranks.rank}", "")
+        if ranks.serves_store:
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"heard/{rank}" for rank in range(ranks.world_size)], timedelta(seconds=HEARING_SECONDS))
+        raise UserError(refusal)
+    return chosen
+
+
+def why_not_together(places: Sequence[Place]) -> str:
+    """What keeps ranks at these places from being one job; empty if nothing does."""
+    if refusal := first_refusal([(place.host, place.refusal) for place in places]):
+        return refusal
+    kinds, users = defaultdict(list), defaultdict(list)
+    for rank, place in enumerate(places):
+        kinds[place.kind].append(rank)
+        users[place.uuid or str(rank)].append(rank)
+    if len(kinds) > 1:
+        listed = "; ".join(f"{kind} on {len(of)}, first on {_name(of[0], places)}" for kind, of in kinds.items())
+        return f"the ranks would not meet ({listed}): give --device and --backend, or mend the node that is different"
+    first, *others = max(users.values(), key=len)
+    if others and "nccl" in places[0].kind:
+        return (
+            f"{_name(first, places)} and rank {others[0]} have one CUDA device: start one rank per device, "
             "or let the ranks share with --backend gloo"
         )
-    return torch.device("cuda", ranks.local_rank % gpus), chosen
+    return ""
+
+
+def first_refusal(found: Sequence[tuple[str, str]]) -> str:
+    """The first refusal in every rank's host and refusal, with the rank if not all say it; empty if there is none."""
+    refusals = {refusal for _, refusal in found}
+    if len(refusals) == 1:
+        return refusals.pop()
+    rank = next(rank for rank, (_, refusal) in enumerate(found) if refusal)
+    host, refusal = found[rank]
+    return f"rank {rank} (host {host}): {refusal}"
+
+
+def _name(rank: int, places: Sequence[Place]) -> str:
+    return f"rank {rank} (host {places[rank].host})"
 
 
 class World:
     """An open process group: the ranks, their device, their store, and the collectives the package needs."""
 
-    def __init__(self, ranks: Ranks, device: "torch.device", backend: str, store: "Store") -> None:
+    def __init__(self, ranks: Ranks, device: "torch.device", backend: str, store: "Store", timeout: float) -> None:
         self.ranks = ranks
         self.device = device
         self.backend = backend
         self.store = store
         """Where the ranks of this start meet."""
+        self.timeout = timeout
+        """Seconds that a collective may take."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for a sum on the device: at `timeout` NCCL ends the process without a word."""
+        return 0.9 * self.timeout
 
     def describe(self) -> str:
         """One phrase for the log: how many ranks, who started them, what they compute on."""
@@ -234,39 +329,51 @@ class World:
         dist.all_gather_object(box, value)
         return box
 
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns here; where it is refused on any rank, all ranks raise the same `UserError`."""
+        done: list[T] = []
+        refusal = ""
+        try:
+            done.append(action())
+        except UserError as error:
+            refusal = str(error)
+        if refusal := first_refusal(self.gather((socket.gethostname(), refusal))):
+            raise UserError(refusal)
+        return done[0]
+
 
 @contextmanager
-def open_world(ranks: Ranks, device: "torch.device", backend: str, timeout: float) -> "Iterator[World]":
+def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> "Iterator[World]":
     """Join the process group of all ranks, and leave it whatever happens.
 
-    `timeout`: seconds that a collective may take. A world of one is a world too. Raises `ConnectionError` if the
-    ranks do not find each other, `UserError` if they would look for each other at stale addresses.
+    `device` and `backend` as in the configuration. `timeout`: seconds that a collective may take. A world of one is a
+    world too. Raises `ConnectionError` if the ranks do not find each other, and the same `UserError` on all ranks if
+    they would look for each other at stale addresses, or if their devices do not go together.
     """
-    import torch
     import torch.distributed as dist
 
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if ranks.nodes == 1 and backend == "gloo":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    card = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     try:
         store = _open_store(ranks, timedelta(seconds=timeout))
+        own, chosen = _agree_on_device(store, ranks, device, backend)
+        card = "NCCL_SOCKET_IFNAME" if chosen == "nccl" else "GLOO_SOCKET_IFNAME"
+        if ranks.nodes == 1 and chosen == "gloo":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
-            backend,
+            chosen,
             store=store,
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timedelta(seconds=timeout),
-            device_id=device if device.type == "cuda" else None,
+            device_id=own if own.type == "cuda" else None,
         )
     except (RuntimeError, OSError) as error:
-        card = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
         raise ConnectionError(
             f"rank {ranks.rank} did not find the other {ranks.world_size - 1} ranks at {ranks.store_address}: {error}\n"
             f"If the nodes have several network cards, name the one they share in {card}."
         ) from error
     try:
-        yield World(ranks, device, backend, store)
+        yield World(ranks, own, chosen, store, timeout)
     finally:
         dist.destroy_process_group()
 
@@ -296,6 +403,8 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether `error` says that a collective failed because another rank is gone or silent."""
     import torch.distributed as dist
 
+    if isinstance(error, BrokenPipeError):  # who read what is printed here has left, and no rank
+        return False
     if isinstance(error, (dist.DistError, ConnectionError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo/transport", "Gloo", "NCCL"))

@@ -61,6 +61,8 @@ fi
 
 # Ranks that are started again must meet in a store of their own: torchrun's outlives them and keeps stale addresses.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# With --resume never: what is there is discarded once, and not again whenever a node joins or leaves.
+export DDP_CIRCLES_START="$HOSTNAME-$$-$EPOCHSECONDS"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default, without its warning; --threads overrides it
 
 exec torchrun --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="$max_restarts" \

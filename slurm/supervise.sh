@@ -29,6 +29,9 @@ pass_on() { while kill -USR1 "$step"; do sleep 2; done; }
 trap on_warning USR1
 # There is no trap for TERM: with one, a job that its user cancelled could find its way back into the queue.
 
+# What this job is called through all requeues and retries: with --resume never, only its first start discards.
+export DDP_CIRCLES_START="slurm-$SLURM_JOB_ID"
+
 say() { echo "[slurm] $(date '+%F %T') job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0}: $*"; }
 
 run_step() { # run_step COMMAND...: wait for it through all interruptions; its exit code

@@ -68,10 +68,12 @@ def newest_state(run_dir: Path) -> State:
     return decode(Checkpoints(run_dir / "checkpoints").files()[0].read_bytes())
 
 
-def start(size: int, run_dir: Path, *flags: object, restarts: int = 0) -> Job:
+def start(
+    size: int, run_dir: Path, *flags: object, restarts: int = 0, variables: Mapping[str, str] | None = None
+) -> Job:
     """Ranks that train in `run_dir`, to be waited for."""
     function = train_plain if size == PLAIN else train_hastily
-    environment = {"TORCHELASTIC_RESTART_COUNT": str(restarts)}
+    environment = {"TORCHELASTIC_RESTART_COUNT": str(restarts)} | dict(variables or {})
     return Job(function, max(1, size), "--run-dir", run_dir, *QUIET, *flags, environment=environment)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ddp_circles.checks.findings import Finding, spell_ranks
-from ddp_circles.world import World, fingerprint
+from ddp_circles.world import World, device_uuid, fingerprint
 
 Inventory = dict[str, str]
 """One rank's host, device and versions; nothing secret."""
@@ -30,7 +30,7 @@ def take_inventory(world: World, threads: int) -> Inventory:
         "host": socket.gethostname(),
         "device": str(device),
         "name": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
-        "uuid": str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if on_cuda else "",
+        "uuid": device_uuid(device),
         "driver": _driver() if on_cuda else "",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -84,7 +84,7 @@ def kinds(everyone: Sequence[Inventory]) -> dict[str, list[int]]:
 
 def sharing(everyone: Sequence[Inventory]) -> bool:
     """Whether ranks share devices, so that one disturbs the other's speed."""
-    owned = [(one["host"], one["device"]) for one in everyone]
+    owned = [(one["host"], one["uuid"] or one["device"]) for one in everyone]
     return len(set(owned)) < len(owned)
 
 

@@ -9,6 +9,7 @@ import io
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -25,7 +26,17 @@ from torch._C._distributed_c10d import TCPStore
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.model_selection", "tests.preload"])
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "SLURM_", "GROUP_", "WANDB_")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "SLURM_",
+    "GROUP_",
+    "WANDB_",
+    "DDP_CIRCLES_",
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,14 @@ class Job:
             process.close()
             pipe.close()
         self._folder.cleanup()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _received(pipe: Connection) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import Job
+from tests.ranks import Job, free_port
 from tests.runs import QUIET, bits, checkpoint_steps, finish, metrics, newest_state, run, start, status, train_hastily
 
 SMALL = ("--n-samples=125", "--batch-size=16", "--epochs=10", "--checkpoint-steps=1")
@@ -99,6 +99,27 @@ def test_a_stalled_rank_is_named_with_place_and_age_and_nothing_is_left(tmp_path
         assert timeout <= int(found[1]) <= timeout + 10
     assert "rank 1: the job has failed: rank 1 (host" in outcomes[1].output
     assert (status(tmp_path), checkpoint_steps(tmp_path)[0]) == ("failed", 50)
+
+
+def train_with_little_patience(*flags: object) -> None:
+    from ddp_circles import health
+
+    health.STORE_SECONDS = 3.0
+    train_hastily(*flags)
+
+
+def test_nobody_waits_for_a_frozen_rank_that_holds_the_store(tmp_path: Path) -> None:
+    """As under srun: there is no agent, and the store is in rank 0's process."""
+    own = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
+    flags = ("--run-dir", tmp_path, *QUIET, *SMALL, "--epochs=100000", "--timeout=3")
+    with Job(train_with_little_patience, 2, *flags, environment=own) as job:
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert all(process.is_alive() for process in job.processes), job.output(0)
+            time.sleep(0.02)
+        job.signal(signal.SIGSTOP, 0)
+        job.processes[1].join(30)
+        assert job.processes[1].exitcode == 1, job.output(1)
+        assert "rank 1: the store of the job does not answer; ending this process" in job.output(1)
 
 
 def stall_in_evaluation(*flags: object) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,47 @@ def test_a_restart_does_not_start_over_under_never(tmp_path: Path, alone: Bits) 
         first, _ = job.wait(60)
     assert "continue after step 10" in first.output
     assert bits(tmp_path) == alone
+
+
+def test_never_discards_once_however_often_the_launcher_starts_again(tmp_path: Path, alone: Bits) -> None:
+    kill_at(10, 1, tmp_path, "--checkpoint-steps=5", "--seed=1")
+    never = (*TINY, "--resume=never", "--checkpoint-steps=5")
+    first = (*never, "--fault=kill@1:10")
+    (tmp_path / "fault").unlink()
+    with start(2, tmp_path, *first, variables={"DDP_CIRCLES_START": "job 7"}) as job:
+        job.processes[1].join(60)
+        job.signal(signal.SIGKILL)
+    with start(3, tmp_path, *never, variables={"DDP_CIRCLES_START": "job 7"}) as job:
+        outcome, *_ = job.wait(60)
+    assert "continue after step 10" in outcome.output
+    assert bits(tmp_path) == alone
+    with start(1, tmp_path, *never, "--epochs=1", variables={"DDP_CIRCLES_START": "job 8"}) as job:
+        job.wait(60)
+    assert len(metrics(tmp_path)) == 1
+
+
+def test_an_end_that_lies_behind_is_refused(tmp_path: Path, alone: Bits) -> None:
+    kill_at(17, 1, tmp_path, "--checkpoint-steps=1")  # in the third of four epochs
+    (outcome,) = run(1, tmp_path, *TINY, "--epochs=2")
+    assert_refused(outcome, f"--epochs 2: {tmp_path} has come to epoch 3 already; ask for as many, or more")
+    assert finish(2, tmp_path, *TINY) == alone
+
+
+def test_results_are_not_overwritten_where_no_checkpoint_is_left(tmp_path: Path, alone: Bits) -> None:
+    finish(1, tmp_path, *TINY, "--epochs=1")
+    shutil.rmtree(tmp_path / "checkpoints")
+    (outcome,) = run(1, tmp_path, *TINY)
+    assert_refused(outcome, "holds a trained model and no checkpoint to go on from", "--resume never")
+    assert len(metrics(tmp_path)) == 1
+    assert finish(1, tmp_path, *TINY, "--resume=never") == alone
+
+
+def test_a_folder_with_a_configuration_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("epochs = 1\n")
+    for resume in ("auto", "never"):
+        (outcome,) = run(1, tmp_path, "--config", tmp_path / "config.toml", f"--resume={resume}")
+        assert_refused(outcome, f"--run-dir {tmp_path} would overwrite {tmp_path / 'config.toml'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
 
 
 # ---- damage

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ranks import free_port
 from tests.slurm.cluster import wait_until
 from tests.slurm.training import EPOCHS, PROJECT, SETTINGS, STEPS_PER_EPOCH, Undisturbed, read_rows
 
@@ -33,9 +33,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def port() -> int:
     """Where the nodes meet."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture

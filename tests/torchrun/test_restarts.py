@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.ranks import free_port
 from tests.runs import PLAIN, Bits, Command, bits, checkpoint_steps, finish, newest_state, status, torchrun
 
 SETTINGS = ("--n-samples=125", "--batch-size=16", "--epochs=35", "--checkpoint-steps=50")
@@ -73,9 +73,17 @@ def test_no_worker_outlives_a_killed_launcher(
 
 
 def test_nodes_may_join_and_leave(tmp_path: Path) -> None:
-    """One node begins, a second one joins, and is lost: each time all go on from the last checkpoint."""
+    """One node begins, a second one joins, and is lost: each time all go on from the last checkpoint.
+
+    Even if the job was told to discard what it found at its beginning.
+    """
     run_dir = tmp_path / "run"
-    slow = (*LONG, "--checkpoint-steps=1", "--timeout=30")  # what disturbs it takes longer than many steps
+    slow = (
+        *LONG,
+        "--resume=never",
+        "--checkpoint-steps=1",
+        "--timeout=30",
+    )  # what disturbs it takes longer than many steps
     quick = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
     options = (
         "--nnodes=1:2",
@@ -89,7 +97,8 @@ def test_nodes_may_join_and_leave(tmp_path: Path) -> None:
     variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
     def node(name: str) -> Command:
-        return torchrun(tmp_path / name, 1, run_dir, *slow, options=options, variables=variables)
+        named = variables | {"DDP_CIRCLES_START": name}
+        return torchrun(tmp_path / name, 1, run_dir, *slow, options=options, variables=named)
 
     def progresses(command: Command) -> None:
         reached = max(checkpoint_steps(run_dir), default=0) if run_dir.exists() else 0
@@ -110,11 +119,3 @@ def test_nodes_may_join_and_leave(tmp_path: Path) -> None:
     assert status(run_dir) == "stopped"
     more = (*LONG, f"--epochs={newest_state(run_dir)['epoch'] + 2}", "--checkpoint-steps=0")
     assert finish(2, run_dir, *more) == finish(PLAIN, tmp_path / "alone", *more)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -221,7 +221,12 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
         (nn.BatchNorm1d(4), "composition of each micro-batch"),
         (nn.SyncBatchNorm(4), "composition of each micro-batch"),
         (nn.Dropout(0.1), "random numbers depend on the rank"),
+        (nn.LazyBatchNorm1d(), "composition of each micro-batch"),
+        (nn.InstanceNorm1d(4, track_running_stats=True), "composition of each micro-batch"),
         (nn.AlphaDropout(0.5), "random numbers depend on the rank"),
+        (nn.MultiheadAttention(4, 2, dropout=0.1), "random numbers depend on the rank"),
+        (nn.LSTM(4, 4, num_layers=2, dropout=0.1), "random numbers depend on the rank"),
+        (nn.RReLU(), "random numbers depend on the rank"),
     ],
 )
 def test_models_that_depend_on_the_cut_are_refused(module: nn.Module, why: str) -> None:
@@ -239,10 +244,15 @@ def test_models_that_cannot_be_summed_are_refused() -> None:
         check_model(nn.Linear(2, 1).requires_grad_(requires_grad=False))
     with pytest.raises(UserError, match="nothing to train"):
         check_model(nn.ReLU())
+    turned = nn.Linear(3, 4)
+    turned.weight = nn.Parameter(torch.rand(3, 4).t())
+    with pytest.raises(UserError, match=r"0\.weight has strides .*: make it contiguous\(\)"):
+        check_model(nn.Sequential(turned))
 
 
 def test_harmless_models_are_accepted() -> None:
     check_model(nn.Sequential(nn.Linear(2, 4), nn.GroupNorm(2, 4), nn.Dropout(0.0), nn.Linear(4, 1)))
+    check_model(nn.Sequential(nn.InstanceNorm1d(4), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4, num_layers=2)))
 
 
 def test_parameter_without_gradient_is_named() -> None:

@@ -1,6 +1,8 @@
 """Loss and accuracy as integers: the same sums however the micro-batches are shared out, and no wrapping round."""
 
+import math
 from fractions import Fraction
+from typing import cast
 
 import pytest
 import torch
@@ -108,7 +110,7 @@ def post(reader: SumsReader, step: int) -> None:
 
 
 def test_sums_are_read_at_once_without_delay() -> None:
-    reader = SumsReader(delay=0)
+    reader = SumsReader(delay=0, seconds=1)
     for step in range(3):
         post(reader, step)
         assert reader.peek() == [read(step)]
@@ -117,7 +119,7 @@ def test_sums_are_read_at_once_without_delay() -> None:
 
 
 def test_sums_are_read_one_agreement_late() -> None:
-    reader = SumsReader(delay=1)
+    reader = SumsReader(delay=1, seconds=1)
     assert (reader.read(), reader.peek(), reader.read(everything=True)) == ([], [], [])
     post(reader, 0)
     assert reader.read() == []
@@ -130,3 +132,23 @@ def test_sums_are_read_one_agreement_late() -> None:
     assert reader.peek() == [read(1), read(2)]
     assert reader.read(everything=True) == [read(1), read(2)]
     assert reader.read(everything=True) == []
+
+
+class Event:
+    """A CUDA event that has happened when it was asked for often enough."""
+
+    def __init__(self, times: float) -> None:
+        self.times = times
+
+    def query(self) -> bool:
+        self.times -= 1
+        return self.times < 0
+
+
+def test_a_sum_that_does_not_come_is_waited_for_in_bounded_time() -> None:
+    reader = SumsReader(delay=0, seconds=0.2)
+    reader._pending.append((3, 256, sums(3), cast(torch.cuda.Event, Event(times=100))))
+    assert reader.read() == [read(3)]
+    reader._pending.append((4, 320, sums(4), cast(torch.cuda.Event, Event(times=math.inf))))
+    with pytest.raises(ConnectionError, match="no sum of all ranks came within"):
+        reader.read()

@@ -11,9 +11,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ddp_circles import world as world_module
 from ddp_circles.config import UserError
-from ddp_circles.world import Ranks, choose_device, fingerprint, is_lost_peer, open_world, pin_threads, read_ranks
-from tests.ranks import Job, run_ranks
+from ddp_circles.world import (
+    Place,
+    Ranks,
+    choose_device,
+    fingerprint,
+    is_lost_peer,
+    open_world,
+    pin_threads,
+    read_ranks,
+    why_not_together,
+)
+from tests.ranks import Job, free_port, run_ranks
 
 CPU = torch.device("cpu")
 
@@ -208,7 +219,7 @@ def test_restarts_between_nodes_need_a_store_of_their_own() -> None:
     assert ranks.restarts == 1
     with (
         pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        open_world(ranks, CPU, "gloo", 1),
+        open_world(ranks, "cpu", "gloo", 1),
     ):
         pass
 
@@ -287,19 +298,87 @@ def test_device_and_backend(
     assert (str(torch_device), name) == chosen
 
 
-def test_ranks_share_gpus_with_gloo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpus(monkeypatch, 2)
+def test_ranks_that_see_one_gpu_each_take_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `srun --gpus-per-task=1`: who shares one with whom is seen by its own name, not by its number."""
+    fake_gpus(monkeypatch, 1)
     third = Ranks(rank=2, world_size=4, local_rank=2, local_world_size=4)
+    assert choose_device("cuda", "auto", third) == (torch.device("cuda:0"), "nccl")
     assert choose_device("cuda", "gloo", third) == (torch.device("cuda:0"), "gloo")
-    with pytest.raises(UserError, match="--backend gloo"):
-        choose_device("cuda", "auto", third)
+
+
+ON_A = Place("a", "cuda with nccl", "GPU-1")
+
+
+@pytest.mark.parametrize(
+    ("places", "why"),
+    [
+        ([ON_A], ""),
+        ([ON_A, Place("a", "cuda with nccl", "GPU-2")], ""),
+        ([ON_A, ON_A], "rank 0 (host a) and rank 1 have one CUDA device: start one rank per device, or let"),
+        ([ON_A._replace(kind="cuda with gloo")] * 3, ""),
+        ([Place("a", "cpu with gloo")] * 3, ""),
+        (
+            [ON_A, Place("b", "cpu with gloo"), Place("b", "cpu with gloo")],
+            "the ranks would not meet (cuda with nccl on 1, first on rank 0 (host a); cpu with gloo on 2, first on",
+        ),
+        ([ON_A, Place("b", refusal="--device cuda: none")], "rank 1 (host b): --device cuda: none"),
+        ([Place("a", refusal="--device cuda: none"), Place("b", refusal="--device cuda: none")], "--device cuda: none"),
+        ([Place("a", refusal="busy"), Place("b", refusal="none")], "rank 0 (host a): busy"),
+    ],
+)
+def test_ranks_on_places_that_do_not_go_together_are_refused(places: list[Place], why: str) -> None:
+    assert why_not_together(places).startswith(why)
+    assert bool(why_not_together(places)) == bool(why)
+
+
+def refuse_on_one(rank: int) -> str:
+    """The device of one rank is missing; each rank says why it was refused."""
+    ranks = read_ranks()
+    fakes = {"is_available": lambda: ranks.rank != rank, "device_count": lambda: 1, "set_device": lambda _: None}
+    for name, fake in fakes.items():
+        setattr(torch.cuda, name, fake)
+    setattr(world_module, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
+    with pytest.raises(UserError) as refused, open_world(ranks, "cuda", "gloo", 30):
+        pass
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("agent_serves", [True, False])
+def test_what_one_rank_lacks_is_refused_on_all_alike(agent_serves: bool) -> None:
+    environment = {} if agent_serves else {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
+    said = run_ranks(refuse_on_one, 3, 2, environment=environment)
+    assert len(set(said)) == 1
+    assert said[0].startswith("rank 2 (host ")
+    assert "--device cuda was asked for and torch sees no CUDA device here" in said[0]
+
+
+def be_refused_on_one(rank: int) -> str:
+    ranks = read_ranks()
+
+    def act() -> int:
+        if ranks.rank == rank:
+            raise UserError("--n-samples: too many for this node")
+        return ranks.rank
+
+    with open_world(ranks, "cpu", "gloo", 30) as world:
+        assert world.together(lambda: ranks.rank) == ranks.rank
+        with pytest.raises(UserError) as refused:
+            world.together(act)
+    return str(refused.value)
+
+
+def test_what_one_rank_cannot_do_is_refused_on_all_alike() -> None:
+    said = run_ranks(be_refused_on_one, 3, 1)
+    assert len(set(said)) == 1
+    assert said[0].endswith("): --n-samples: too many for this node")
+    assert said[0].startswith("rank 1 (host ")
 
 
 def use_world() -> dict[str, Any]:
     """Open the world of this rank, use it, leave it; twice by an error."""
     seen: dict[str, Any] = {}
     ranks = read_ranks()
-    with open_world(ranks, CPU, "gloo", 30) as world:
+    with open_world(ranks, "cpu", "gloo", 30) as world:
         seen["open"] = (dist.is_initialized(), dist.get_rank(), dist.get_world_size(), dist.get_backend())
         seen["sum"] = world.sum(torch.tensor([2**53 + 1, ranks.rank])).tolist()
         seen["gather"] = world.gather({"rank": ranks.rank})
@@ -327,7 +406,7 @@ def test_a_world_opens_and_closes(size: int) -> None:
 
 def leave_by_error() -> bool:
     try:
-        with open_world(read_ranks(), CPU, "gloo", 30):
+        with open_world(read_ranks(), "cpu", "gloo", 30):
             raise LookupError
     except LookupError:
         return not dist.is_initialized()
@@ -338,7 +417,7 @@ def test_a_world_closes_after_an_error() -> None:
 
 
 def be_alone() -> tuple[int, list[int], bool]:
-    with open_world(Ranks(), CPU, "gloo", 30) as world:
+    with open_world(Ranks(), "cpu", "gloo", 30) as world:
         size, total = dist.get_world_size(), torch.tensor([7])
         dist.all_reduce(total)
         world.gather(None)
@@ -350,7 +429,7 @@ def test_one_process_is_a_world_too() -> None:
 
 
 def use_loopback() -> str:
-    with open_world(read_ranks(), CPU, "gloo", 30):
+    with open_world(read_ranks(), "cpu", "gloo", 30):
         return os.environ["GLOO_SOCKET_IFNAME"]
 
 
@@ -361,7 +440,7 @@ def test_gloo_uses_loopback_on_one_node_unless_told_otherwise() -> None:
 
 def meet_nobody() -> tuple[float, str]:
     started = time.monotonic()
-    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), CPU, "gloo", 2):
+    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), "cpu", "gloo", 2):
         pass
     assert is_lost_peer(refused.value)
     return time.monotonic() - started, str(refused.value)
@@ -379,7 +458,7 @@ def test_a_rank_that_never_comes_is_missed_in_time() -> None:
 
 def lose_peer() -> bool:
     ranks = read_ranks()
-    with open_world(ranks, CPU, "gloo", 30) as world:
+    with open_world(ranks, "cpu", "gloo", 30) as world:
         world.gather(None)
         if ranks.rank == 1:
             os._exit(0)
@@ -394,6 +473,7 @@ def test_a_lost_peer_is_told_from_other_errors() -> None:
     assert (survivor.code, survivor.value) == (0, True), survivor.output
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost_peer(ValueError("Gloo"))
+    assert not is_lost_peer(BrokenPipeError())
 
 
 def test_the_fingerprint_names_what_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
