@@ -12,11 +12,12 @@ install_environment() (
         exit 2
     }
     echo "setting up $VIRTUAL_ENV" >&2
-    python3 -m venv --clear "$VIRTUAL_ENV"
-    "$VIRTUAL_ENV/bin/python3" -m pip install --quiet -c "$project/constraints.txt" -e "${project}[test]"
-    echo "$stamp" >"$VIRTUAL_ENV/stamp"
+    # In place: what else is in it stays, and so do trainings that run from it.
+    python3 -m venv "$VIRTUAL_ENV" &&
+        "$VIRTUAL_ENV/bin/python3" -m pip install --quiet -c "$project/constraints.txt" -e "${project}[test]" &&
+        echo "$stamp" >"$VIRTUAL_ENV/stamp"
 ) 9>"$project/.setup.lock"
 
-install_environment
+install_environment || return
 export PATH="$VIRTUAL_ENV/bin:$PATH"
 hash -r # where python3 was found before counts no more

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddp_circles.config import Config
 from ddp_circles.sharding import TensorSampler
-from tests.ranks import Job, train
+from tests.ranks import Job, run_ranks, train
 from tests.runs import PLAIN, QUIET, Bits, bits, checkpoint_steps, finish, run, status
 
 RECIPES = {
@@ -135,6 +136,32 @@ def test_parameter_without_gradient_is_named_on_every_rank(tmp_path: Path, size:
     assert [outcome.code for outcome in outcomes] == [1] * size
     for outcome in outcomes:
         assert "no gradient for 'forgotten.weight': every parameter must take part in the loss" in outcome.output
+
+
+class Tied(nn.Module):
+    """Uses one matrix twice, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.second(self.first(inputs).relu()))
+        return logits.squeeze(1)
+
+
+def train_tied(run_dir: Path) -> None:
+    torch.manual_seed(1)
+    train_model(run_dir, Tied(), 8)
+
+
+def test_tied_weights_are_trained_and_stored(tmp_path: Path) -> None:
+    for size in (1, 3):
+        run_ranks(train_tied, size, tmp_path / str(size))
+    assert bits(tmp_path / "1") == bits(tmp_path / "3")
+    stored = load_file(tmp_path / "1" / "model.safetensors")
+    assert stored["first.weight"].equal(stored["second.weight"])
 
 
 class Flat(nn.Module):

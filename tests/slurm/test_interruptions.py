@@ -71,9 +71,14 @@ INTERRUPTIONS = {
     "time limit": Interruption(reach_the_time_limit, slice(1), options=("--time=60", "--signal=B:USR1@600")),
     "scancel --signal=USR1": Interruption(scancel_with_usr1, slice(2)),
     "preemption": Interruption(preempt, slice(2, 3)),
-    "requeue": Interruption(requeue, slice(1), log_line="DUE TO JOB REQUEUE"),
+    # --resume never discards what was there before the job, and nothing that the job itself has done
+    "requeue": Interruption(requeue, slice(1), arguments=("--resume=never",), log_line="DUE TO JOB REQUEUE"),
     "scancel --signal=USR1 without torchrun": Interruption(
-        scancel_with_usr1, slice(2), script="srun.sbatch", options=("--ntasks-per-node=1",)
+        scancel_with_usr1,
+        slice(2),
+        script="srun.sbatch",
+        options=("--ntasks-per-node=1",),
+        arguments=("--resume=never",),
     ),
 }
 

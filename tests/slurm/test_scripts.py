@@ -94,3 +94,32 @@ def test_the_run_directory_is_the_trainers(arguments: str, expected: str) -> Non
     script = f"source {PROJECT}/slurm/supervise.sh; run_directory runs/7 {arguments}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == expected + "\n"
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*venv*) mkdir -p .venv/bin && ln -sf "$(realpath "$0")" .venv/bin/python3 ;;
+*pip*) echo install >> installs; exit ${PIP_FAILS:-0} ;;
+esac
+"""
+"""Makes no environment and installs nothing, but leaves a line for each try."""
+
+
+def test_an_installation_that_fails_is_tried_again_and_one_that_is_there_is_kept(tmp_path: Path) -> None:
+    for name in ("launch/setup.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PROJECT / name, tmp_path / name)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/python3").write_text(FAKE_PYTHON)
+    (tmp_path / "tools/python3").chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/of the user's own").touch()
+
+    def source(**variables: str) -> int:
+        environment = os.environ | {"PATH": f"{tmp_path / 'tools'}:/usr/bin:/bin"} | variables
+        script = "source launch/setup.sh"  # as in a login shell: without set -e
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, timeout=30).returncode
+
+    assert [source(PIP_FAILS="1"), source(PIP_FAILS="1"), source(), source()] == [1, 1, 0, 0]
+    assert (tmp_path / "installs").read_text().splitlines() == ["install"] * 3
+    assert (tmp_path / ".venv/of the user's own").exists()
