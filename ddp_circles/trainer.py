@@ -155,10 +155,11 @@ def agreeing_steps(trainer: Trainer, progress: Progress) -> Iterator[Step]:
     """The epoch's remaining steps; after each, take in what the ranks agreed on, and save or stop if that is due."""
     sharding = trainer.sharding(len(trainer.train_set.inputs), trainer.batch_size)
     reader = SumsReader(delay=1 if trainer.world.device.type == "cuda" else 0, seconds=trainer.world.patience)
+    steps = sharding.steps
     for step in trainer.events.wrap_steps(local_steps(trainer, progress, sharding)):
         yield step
         progress.step += 1
-        last = progress.step == sharding.steps
+        last = progress.step == steps
         sums = trainer.reducer.agreed(progress.step - 1, last=last)
         if sums is None:
             continue
@@ -179,17 +180,17 @@ def local_steps(trainer: Trainer, progress: Progress, sharding: Sharding) -> Ite
     sampler = TensorSampler(sharding.samples, seed=trainer.seed)
     streams = streams_of(trainer.train_set, sampler.order(progress.epoch), sharding)
     nothing = _slice(trainer.train_set, (0, 0))
-    sizes = {sharding.step_size(step) for step in (0, sharding.steps - 1)}
-    weights = {size: torch.tensor(trainer.reducer.weight(size), device=trainer.world.device) for size in sizes}
-    for step in range(progress.step, sharding.steps):
-        bounds = [(stream, sharding.bounds(step, stream)) for stream in sharding.owned()]
-        shares = [_slice(streams[stream], (start, stop)) for stream, (start, stop) in bounds if start < stop] or [
-            nothing
-        ]
+    steps, device = sharding.steps, trainer.world.device
+    weight, last_weight = (
+        torch.tensor(trainer.reducer.weight(sharding.step_size(step)), device=device) for step in (0, steps - 1)
+    )
+    for step in range(progress.step, steps):
+        bounds = [(samples, sharding.bounds(step, stream)) for stream, samples in streams.items()]
+        shares = [_slice(samples, (start, stop)) for samples, (start, stop) in bounds if start < stop] or [nothing]
         passes = trainer.reducer.passes(len(shares))
         yield Step(
-            number=progress.epoch * sharding.steps + step,
-            weight=weights[sharding.step_size(step)],
+            number=progress.epoch * steps + step,
+            weight=weight if step < steps - 1 else last_weight,
             micro_batches=[(*share, *how) for share, how in zip(shares, passes, strict=True)],
         )
 

@@ -20,10 +20,25 @@ def weights_on(size: int, folder: Path, *flags: object) -> str:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("flags", [(), ("--n-samples", 613, "--batch-size", 37), ("--recipe", "model_4")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--n-samples", 613, "--batch-size", 37),
+        ("--recipe", "model_4"),
+        ("--hidden", 1024, 1024),  # several buckets
+    ],
+)
 def test_same_bits_on_one_device(tmp_path: Path, flags: tuple[object, ...]) -> None:
     alone = weights_on(1, tmp_path / "1", "--epochs", 5, *flags)
     assert {weights_on(size, tmp_path / str(size), "--epochs", 5, *flags) for size in (2, 4)} == {alone}
+
+
+def test_nccl_gives_the_bits_of_gloo(tmp_path: Path) -> None:
+    gloo, nccl = (
+        weights_on(1, tmp_path / backend, "--epochs", 5, "--backend", backend) for backend in ("gloo", "nccl")
+    )
+    assert gloo == nccl
 
 
 @pytest.mark.timeout(300)
