@@ -1,7 +1,7 @@
 """How a run starts: the ranks compared, the run directory locked, the newest good checkpoint read and handed round."""
 
-import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def _run_name(world: World) -> str:
         return ranks.job_id
     if ranks.restarts and not ranks.store_is_the_agents:
         raise UserError("a restarted run needs a name that lasts: give --run-dir, or --rdzv-id to torchrun")
-    return world.agree_on_first(time.strftime("%Y%m%d-%H%M%S"))
+    return world.agree_on_first(datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f"))
 
 
 def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
