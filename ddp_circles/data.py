@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,11 @@ def make_points(config: Config) -> Split:
         ) from None
 
 
+def is_cached(n_samples: int) -> bool:
+    """Whether a set of so many samples is made once per node, and kept there in a file."""
+    return n_samples >= CACHED_FROM
+
+
 def make_split(
     dataset: str, *, n_samples: int, noise: float, factor: float, test_fraction: float, data_seed: int
 ) -> Split:
@@ -83,7 +89,7 @@ def make_split(
         "test_fraction": test_fraction,
         "data_seed": data_seed,
     }
-    return _generate(**arguments) if n_samples < CACHED_FROM else _cached(arguments)
+    return _cached(arguments) if is_cached(n_samples) else _generate(**arguments)
 
 
 def _generate(dataset: str, n_samples: int, noise: float, factor: float, test_fraction: float, data_seed: int) -> Split:
@@ -110,10 +116,9 @@ def _generate(dataset: str, n_samples: int, noise: float, factor: float, test_fr
 def _cached(arguments: dict[str, Any]) -> Split:
     """The set from this node's cache; the first rank to ask makes it, under a lock, and the others wait."""
     import numpy as np
-    import sklearn
     from filelock import FileLock
 
-    recipe = json.dumps(arguments | {"sklearn": sklearn.__version__, "numpy": np.__version__}, sort_keys=True)
+    recipe = json.dumps(arguments | {name: version(name) for name in ("scikit-learn", "numpy")}, sort_keys=True)
     cache = Path(tempfile.gettempdir()) / f"ddp_circles-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]

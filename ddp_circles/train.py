@@ -229,9 +229,13 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _make_data(config: Config, data: "Split | None", world: World) -> "Split":
-    from ddp_circles.data import Split, make_points
+    from ddp_circles.data import Split, is_cached, make_points
 
-    train, test = data or world.together(lambda: make_points(config))
+    if data is None and is_cached(config.n_samples):
+        data = world.together(lambda: make_points(config))
+    elif data is None:  # the others need not import scikit-learn, which takes far longer than the points
+        data = world.broadcast(world.together(lambda: make_points(config) if world.ranks.is_main else None))
+    train, test = data
     return Split(train.to(world.device), test.to(world.device))
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 EPOCHS = 8
 NOTE_IMPORTS = """
 import os, sys
-HEAVY = {"wandb", "matplotlib"}
+HEAVY = {"wandb", "matplotlib", "sklearn"}
 ROLE = "tracking" if "serve()" in " ".join(sys.orig_argv) else "training"
 def note(event, arguments):
     if event == "import" and arguments[0] in HEAVY:
@@ -120,7 +120,7 @@ def test_without_an_account_rank_0_alone_tracks_offline(tmp_path: Path, environm
 def test_with_neither_tracking_nor_plots_no_process_imports_either(tmp_path: Path, environment: dict[str, str]) -> None:
     said = train(tmp_path / "run", environment, "--wandb", "disabled", "--no-plots")
     assert warnings_in(said) == []
-    assert notes(environment) == {"launcher-training", "0-training", "1-training"}
+    assert notes(environment) == {"launcher-training", "0-training", "0-training-sklearn", "1-training"}
     assert not (tmp_path / "run" / "wandb").exists()
 
 
