@@ -33,20 +33,6 @@ def test_a_killed_rank_is_restarted_to_the_same_bits(tmp_path: Path, alone: Bits
         assert re.search(rf"^rank {rank}: lost a peer: rank 1 \(host ", command.output, re.MULTILINE), command.output
 
 
-def test_a_rank_that_raises_ends_the_job_with_one_labelled_traceback(tmp_path: Path) -> None:
-    with torchrun(tmp_path / "log", 3, tmp_path / "run", *LONG, "--fault=raise@1:20") as command:
-        command.wait_until((tmp_path / "run" / "fault").exists)
-        assert command.wait(60) == 1
-    assert command.output.count("InjectedFaultError: --fault asked for this in step 20") == 1
-    assert command.output.count("Traceback (most recent call last):\n  File") == 1
-    (label,) = re.findall(r"\[\d\]:\n.*\n.*\n +rank +: (\d+)[^\[]*Traceback", command.output)
-    assert label == "1"
-    for rank in (0, 2):
-        named = rf"^rank {rank}: lost a peer: rank 1 \(host \S+\) raised InjectedFaultError, last seen in train"
-        assert len(re.findall(named, command.output, re.MULTILINE)) == 1, command.output
-    assert status(tmp_path / "run") == "failed"
-
-
 def is_training(command: Command, run_dir: Path) -> bool:
     return len(command.workers()) == 2 and run_dir.exists() and bool(checkpoint_steps(run_dir))
 
