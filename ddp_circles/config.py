@@ -83,7 +83,7 @@ class Config:
     run_dir: Path | None = None
     """Folder of the results; default: runs/<id of the launch, of the Slurm job, or time stamp>."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue what is in the run directory; never: discard it; must: refuse to begin anew."""
+    """auto: continue what is in the run directory; never: discard it, once; must: refuse to begin anew."""
     checkpoint_seconds: float = 30.0
     """Save when so much time has passed since the last checkpoint."""
     checkpoint_steps: int = 0

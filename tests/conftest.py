@@ -1,6 +1,7 @@
 """What holds for every test: nothing from outside reaches in, and nothing that a test starts outlives it."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FO
 GRACE_SECONDS = 5.0
 """How long what a test has ended may take to be gone."""
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background job: what is started here would too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in list(os.environ):  # before the fork server starts: its ranks see the environment of that moment
     if _name.startswith(STRAY_VARIABLES):
         del os.environ[_name]

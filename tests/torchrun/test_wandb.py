@@ -44,23 +44,22 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    before = _wandb_processes()
+def _nothing_is_left(environment: dict[str, str]) -> Iterator[None]:
     yield
     deadline = time.monotonic() + 10
-    while left := _wandb_processes() - before:
+    while left := _processes_at(environment["HOME"]):
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.1)
 
 
-def _wandb_processes() -> set[int]:
-    found = psutil.process_iter(["name", "status", "cmdline"])
-    return {
-        process.pid
+def _processes_at(home: str) -> list[str]:
+    """The command lines of all processes, orphans included, that this test has started."""
+    found = psutil.process_iter(["environ", "status", "cmdline"])
+    return [
+        " ".join(process.info["cmdline"] or ())
         for process in found
-        if process.info["status"] != psutil.STATUS_ZOMBIE
-        and ("wandb-core" in (process.info["name"] or "") or "ddp_circles.tracking import serve" in str(process.info))
-    }
+        if process.info["status"] != psutil.STATUS_ZOMBIE and (process.info["environ"] or {}).get("HOME") == home
+    ]
 
 
 def train(
