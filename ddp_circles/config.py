@@ -104,7 +104,14 @@ class Config:
     """Seconds that a collective may take."""
 
     def __post_init__(self) -> None:
-        """Raise `UserError`, naming the flag, for a value of the wrong type or out of range."""
+        """Take text for a path and a list for a tuple.
+
+        Raises `UserError`, naming the flag, for a value of the wrong type or out of range.
+        """
+        if isinstance(self.run_dir, str):
+            object.__setattr__(self, "run_dir", Path(self.run_dir))
+        if isinstance(self.hidden, list):
+            object.__setattr__(self, "hidden", tuple(self.hidden))
         _check_types(self)
         _check_ranges(self)
 
@@ -219,10 +226,6 @@ def read_toml(path: Path) -> dict[str, Any]:
     for key in values:
         if key not in known:
             raise UserError(f"--config {path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-    if isinstance(values.get("run_dir"), str):
-        values["run_dir"] = Path(values["run_dir"])
-    if isinstance(values.get("hidden"), list):
-        values["hidden"] = tuple(values["hidden"])
     try:
         Config(**values)
     except UserError as error:

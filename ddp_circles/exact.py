@@ -64,15 +64,18 @@ def check_model(model: nn.Module) -> None:
         else:
             continue
         raise UserError(
-            f"--reduction exact cannot train {name or 'the model'} ({type(module).__name__}): {why}, or fast"
+            f"--reduction exact cannot train {name or 'the model'} ({type(module).__name__}): {why}, "
+            "or use --reduction fast"
         )
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
-            raise UserError(f"--reduction exact trains float32 parameters; {name} is {parameter.dtype}: use fast")
+            raise UserError(
+                f"--reduction exact trains float32 parameters; {name} is {parameter.dtype}: use --reduction fast"
+            )
         if not parameter.is_contiguous():
             raise UserError(
                 f"--reduction exact trains parameters that lie in memory row by row; {name} has strides "
-                f"{parameter.stride()}: make it contiguous(), or use fast"
+                f"{parameter.stride()}: make it contiguous(), or use --reduction fast"
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no parameter that requires a gradient: there is nothing to train")

@@ -151,7 +151,7 @@ def _check_weights(weights: "dict[str, Tensor]", expected: "dict[str, Tensor]", 
         if found != wanted:
             raise UserError(
                 f"model.safetensors does not fit config.toml in {run_dir}: {name} is {found} in the first and {wanted} "
-                "by the second; was the run trained with a model of its own?"
+                "by the second; if the run trained a model of its own, load the file into that model"
             )
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"the model in {run_dir} has weights that are not finite: the training diverged")

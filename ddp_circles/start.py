@@ -25,18 +25,29 @@ class Start:
     """What this rank's bits depend on besides the configuration."""
     names: list[str]
     """What this start is called by the launchers of all ranks."""
+    settings: dict[str, Any]
+    """What the run cannot change when it is continued."""
     run_dir: RunDir | None
 
 
 def open_run(
-    world: World, *, run_dir: Path | None, resume: str, settings: dict[str, Any], threads: int, fault_rank: int | None
+    world: World,
+    *,
+    run_dir: Path | None,
+    resume: str,
+    settings: dict[str, Any],
+    data: str | None,
+    threads: int,
+    fault_rank: int | None,
 ) -> Start:
     """Rank 0 locks and reads the run directory; all ranks get what it found, or raise the same `UserError`.
 
-    `settings`: what a run cannot change when it is continued, by name. `fault_rank`: must be a rank of this world when
-    the run is new.
+    `settings`: what a run cannot change when it is continued, by name. `data`: the digest of samples that do not follow
+    from the settings; must be the same on all ranks, and when the run is continued. `fault_rank`: must be a rank of
+    this world when the run is new.
     """
-    marks, names = _compare_ranks(world, threads)
+    marks, names = _compare_ranks(world, threads, data)
+    settings = settings | {"data": data}
     opened, found, refusal = None, None, None
     if world.ranks.is_main:
         try:
@@ -51,7 +62,7 @@ def open_run(
             opened.close()
         raise UserError(refusal)
     content, finished = found
-    return Start(path, decode(content) if content else {}, finished, marks, names, opened)
+    return Start(path, decode(content) if content else {}, finished, marks, names, settings, opened)
 
 
 def _read(
@@ -76,7 +87,7 @@ def _read(
         )
     elif fault_rank is not None and fault_rank >= world.ranks.world_size:
         raise UserError(
-            f"--fault names rank {fault_rank}, and this world has {world.ranks.world_size} ranks, counted from 0"
+            f"--fault names rank {fault_rank}, and the last rank of this world is {world.ranks.world_size - 1}"
         )
     return content, run_dir.status == "finished"
 
@@ -91,10 +102,13 @@ def _was_begun_as(names: list[str], checkpoints: Checkpoints) -> bool:
 
 
 def _run_name(world: World) -> str:
-    """The launcher's name of the run; else the time at which it was first started, kept over restarts."""
+    """The launcher's name of the run; else the time at which it was first started, kept over restarts.
+
+    From the second training of a process on, the launcher's name is numbered.
+    """
     ranks = world.ranks
     if ranks.job_id is not None:
-        return ranks.job_id
+        return f"{ranks.job_id}-{world.number + 1}" if world.number else ranks.job_id
     if ranks.restarts and not ranks.store_is_the_agents:
         raise UserError("a restarted run needs a name that lasts: give --run-dir, or --rdzv-id to torchrun")
     return world.agree_on_first(datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f"))
@@ -102,22 +116,35 @@ def _run_name(world: World) -> str:
 
 def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
     """Refuse to continue what was begun with other settings."""
+    advice = "Choose another --run-dir, or start over in this one with --resume never"
+    if before["data"] != now["data"]:
+        raise UserError(f"{path} holds a run with other data. {advice}")
     changed = [
-        f"--{name.replace('_', '-')} ({before[name]!r} there, {value!r} here)"
+        f"--{name.replace('_', '-')} ({_spell(before[name])} there, {_spell(value)} here)"
         for name, value in now.items()
         if before[name] != value
     ]
     if changed:
-        raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. Choose another --run-dir")
+        raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. {advice}")
 
 
-def _compare_ranks(world: World, threads: int) -> tuple[dict[str, str], list[str]]:
+def _spell(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _compare_ranks(world: World, threads: int, data: str | None) -> tuple[dict[str, str], list[str]]:
     """This rank's fingerprint, and the names of this start on all ranks.
 
-    A mix of fingerprints is warned about, since then the same bits cannot be promised.
+    A mix of fingerprints is warned about, since then the same bits cannot be promised. Raises `UserError` on all ranks
+    if one was given other data.
     """
     marks = fingerprint(world.device, threads)
-    everyone, starts = zip(*world.gather((marks, world.ranks.start)), strict=True)
+    everyone, starts, digests = zip(*world.gather((marks, world.ranks.start, data)), strict=True)
+    if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise UserError(
+            f"rank {odd[0]} was given other data than rank 0: make them alike on every rank, from the same seed or "
+            "file; which rank trains on which samples is decided here"
+        )
     for name in marks if world.ranks.is_main else ():
         if len(kinds := sorted({other[name] for other in everyone})) > 1:
             warn(f"the ranks differ in {name} ({', '.join(kinds)}): the same bits are not promised")

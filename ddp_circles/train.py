@@ -188,6 +188,7 @@ def _fit_in_world(
         run_dir=config.run_dir,
         resume=config.resume,
         settings=_settings(config),
+        data=data.digest() if data is not None else None,
         threads=config.threads,
         fault_rank=Fault.parse(config.fault).rank if config.fault else None,
     )
@@ -367,7 +368,7 @@ def _open_records(
         snapshot=lambda: {
             "model": bare.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "settings": _settings(config),
+            "settings": start.settings,
             "fingerprint": start.fingerprint,
             "tracking_id": tracking_id,
             "starts": start.names,

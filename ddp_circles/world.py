@@ -4,6 +4,7 @@ The only module that reads launcher variables and the only one that creates or d
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,10 @@ HEARING_SECONDS = 5.0
 """How long the rank that serves the store stays, so that the others can read why the job is refused."""
 
 T = TypeVar("T")
+
+_world_numbers = itertools.count()
+_stores: "dict[tuple[str, int], Store]" = {}
+"""Kept open for the life of the process: others may be in the next world before the rank that serves the store."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +284,9 @@ def _name(rank: int, places: Sequence[Place]) -> str:
 class World:
     """An open process group: the ranks, their device, their store, and the collectives the package needs."""
 
-    def __init__(self, ranks: Ranks, device: "torch.device", backend: str, store: "Store", timeout: float) -> None:
+    def __init__(
+        self, ranks: Ranks, device: "torch.device", backend: str, store: "Store", timeout: float, number: int
+    ) -> None:
         self.ranks = ranks
         self.device = device
         self.backend = backend
@@ -287,6 +294,8 @@ class World:
         """Where the ranks of this start meet."""
         self.timeout = timeout
         """Seconds that a collective may take."""
+        self.number = number
+        """How many worlds this process had opened before, as the other ranks had."""
 
     @property
     def patience(self) -> float:
@@ -301,9 +310,9 @@ class World:
         return f"{count}{nodes} ({ranks.launcher}), {self.device.type}, {self.backend}"
 
     def agree_on_first(self, word: str) -> str:
-        """Of all words given here since the launcher started, the first: restarts of the workers do not change it."""
+        """Of all words given in this world, and before a restart of the workers in the same one, the first."""
         lasting = getattr(self.store, "underlying_store", self.store)
-        return lasting.compare_set("ddp_circles/first word", "", word).decode()
+        return lasting.compare_set(f"ddp_circles/first word {self.number}", "", word).decode()
 
     def sum(self, integers: "torch.Tensor") -> "torch.Tensor":
         """Add up `integers` over all ranks, in place; the sum of int64 has the same bits in any order."""
@@ -353,8 +362,9 @@ def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> "Iter
     import torch.distributed as dist
 
     card = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    number = next(_world_numbers)
     try:
-        store = _open_store(ranks, timedelta(seconds=timeout))
+        store = _open_store(ranks, timedelta(seconds=timeout), number)
         own, chosen = _agree_on_device(store, ranks, device, backend)
         card = "NCCL_SOCKET_IFNAME" if chosen == "nccl" else "GLOO_SOCKET_IFNAME"
         if ranks.nodes == 1 and chosen == "gloo":
@@ -373,17 +383,26 @@ def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> "Iter
             f"If the nodes have several network cards, name the one they share in {card}."
         ) from error
     try:
-        yield World(ranks, own, chosen, store, timeout)
+        yield World(ranks, own, chosen, store, timeout, number)
     finally:
         dist.destroy_process_group()
 
 
-def _open_store(ranks: Ranks, timeout: timedelta) -> "Store":
-    """The store in which the ranks of this very start meet: a name space of its own for each restart."""
-    from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+def _open_store(ranks: Ranks, timeout: timedelta, number: int) -> "Store":
+    """The store in which the ranks meet: a name space of its own for each restart, and for each world of a process."""
+    from torch._C._distributed_c10d import HashStore, PrefixStore
 
     if ranks.store_address is None:
         return HashStore()
+    store = _stores[ranks.store_address] = _stores.get(ranks.store_address) or _connect(ranks, timeout)
+    # An agent's store outlives the workers. Any other is new at each start, and then the nodes' counts may differ.
+    return PrefixStore(f"start {ranks.restarts if ranks.store_is_the_agents else 0} world {number}", store)
+
+
+def _connect(ranks: Ranks, timeout: timedelta) -> "Store":
+    from torch._C._distributed_c10d import TCPStore
+
+    assert ranks.store_address is not None
     if ranks.restarts and ranks.nodes > 1 and ranks.store_is_the_agents:
         raise UserError(
             f"restarts between nodes need {SHARED_STORE_VARIABLE}=1 in the environment of every torchrun: "
@@ -394,9 +413,7 @@ def _open_store(ranks: Ranks, timeout: timedelta) -> "Store":
         # It stood before this process began: if nobody answers, the launcher is gone, and waiting is in vain.
         socket.create_connection((host, port), timeout.total_seconds()).close()
     serves = ranks.serves_store
-    store = TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)
-    # An agent's store outlives the workers. Any other is new at each start, and then the nodes' counts may differ.
-    return PrefixStore(f"start {ranks.restarts if ranks.store_is_the_agents else 0}", store)
+    return TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -70,7 +70,7 @@ class Run:
 
 def train_alone(world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark, run: str) -> Run:
     """Train in this rank, without a word to the others."""
-    alone = World(Ranks(), world.device, world.backend, world.store, world.timeout)
+    alone = World(Ranks(), world.device, world.backend, world.store, world.timeout, world.number)
     model = make_model(workload, seed).to(world.device)
     witness = Witness(model, partial(mark, run), partial(trouble.flip, f"{run} {seed}"))
     return _train(_make_trainer(model, model, alone, workload, seed, witness), witness)

@@ -165,7 +165,7 @@ def test_a_fault_fires_once_for_each_run_directory(tmp_path: Path) -> None:
 def test_a_fault_on_a_rank_that_is_not_there(tmp_path: Path) -> None:
     (refused,) = run(1, tmp_path, *SMALL, "--fault=kill@1:3")
     assert refused.code == 2
-    assert "error: --fault names rank 1, and this world has 1 ranks" in refused.output
+    assert "error: --fault names rank 1, and the last rank of this world is 0" in refused.output
     (failed, _) = run(2, tmp_path, *SMALL, "--fault=raise@0:5")
     assert failed.code == 1
     (tmp_path / "fault").unlink()

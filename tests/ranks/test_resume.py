@@ -96,7 +96,7 @@ def test_fast_runs_are_continued(tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name_and_free_ones_accepted(tmp_path: Path, alone: Bits) -> None:
     kill_at(10, 1, tmp_path, "--checkpoint-steps=5")
     for flags, names in (
-        (("--lr=0.5", "--hidden", "3"), ("--lr (0.01 there, 0.5 here)", "--hidden ((10, 10) there, (3,) here)")),
+        (("--lr=0.5", "--hidden", "3"), ("--lr (0.01 there, 0.5 here)", "--hidden (10 10 there, 3 here)")),
         (("--batch-size=8", "--micro-batches=4", "--seed=1"), ("--batch-size", "--micro-batches", "--seed")),
         (("--reduction=fast", "--threads=2", "--optimizer=sgd"), ("--reduction", "--threads", "--optimizer")),
         (("--dataset=moons", "--noise=0.1", "--data-seed=7"), ("--dataset", "--noise", "--data-seed")),
