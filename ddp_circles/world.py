@@ -10,12 +10,11 @@ import os
 import re
 import socket
 import subprocess
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddp_circles.config import UserError
 
@@ -182,42 +181,6 @@ def pin_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def choose_device(device: str, backend: str, ranks: Ranks) -> "tuple[torch.device, str]":
-    """The torch device of this rank and the backend for it; raises `UserError` for what is not there."""
-    import torch
-    import torch.distributed as dist
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cuda" and not gpus:
-        raise UserError("--device cuda was asked for and torch sees no CUDA device here: use --device cpu")
-    if backend == "nccl" and not dist.is_nccl_available():
-        raise UserError("--backend nccl was asked for and this torch has none: use --backend gloo")
-    on_cuda = device == "cuda" or (device == "auto" and gpus > 0)
-    if backend == "nccl" and not on_cuda:
-        raise UserError("--backend nccl needs --device cuda and a CUDA device: use --backend gloo")
-    chosen = backend if backend != "auto" else ("nccl" if on_cuda else "gloo")
-    if not on_cuda:
-        return torch.device("cpu"), chosen
-    return torch.device("cuda", ranks.local_rank % gpus), chosen
-
-
-def device_uuid(device: "torch.device") -> str:
-    """The GPU's own name, by which it is known whatever number it has in a process; empty for the CPU."""
-    import torch
-
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
-class Place(NamedTuple):
-    """Where one rank computes, or why it cannot; what the ranks compare before they meet."""
-
-    host: str
-    kind: str = ""
-    """Device type and backend."""
-    uuid: str = ""
-    refusal: str = ""
-
-
 def _agree_on_device(store: "Store", ranks: Ranks, device: str, backend: str) -> "tuple[torch.device, str]":
     """This rank's device and backend, once rank 0 has seen that those of all ranks go together.
 
@@ -225,9 +188,11 @@ def _agree_on_device(store: "Store", ranks: Ranks, device: str, backend: str) ->
     """
     import torch
 
+    from ddp_circles.devices import Place, choose_device, device_uuid, why_not_together
+
     host, chosen = socket.gethostname(), None
     try:
-        chosen = choose_device(device, backend, ranks)
+        chosen = choose_device(device, backend, ranks.local_rank)
         if chosen[0].type == "cuda":
             torch.cuda.set_device(chosen[0])
         place = Place(host, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
@@ -245,40 +210,6 @@ def _agree_on_device(store: "Store", ranks: Ranks, device: str, backend: str) ->
                 store.wait([f"heard/{rank}" for rank in range(ranks.world_size)], timedelta(seconds=HEARING_SECONDS))
         raise UserError(refusal)
     return chosen
-
-
-def why_not_together(places: Sequence[Place]) -> str:
-    """What keeps ranks at these places from being one job; empty if nothing does."""
-    if refusal := first_refusal([(place.host, place.refusal) for place in places]):
-        return refusal
-    kinds, users = defaultdict(list), defaultdict(list)
-    for rank, place in enumerate(places):
-        kinds[place.kind].append(rank)
-        users[place.uuid or str(rank)].append(rank)
-    if len(kinds) > 1:
-        listed = "; ".join(f"{kind} on {len(of)}, first on {_name(of[0], places)}" for kind, of in kinds.items())
-        return f"the ranks would not meet ({listed}): give --device and --backend, or mend the node that is different"
-    first, *others = max(users.values(), key=len)
-    if others and "nccl" in places[0].kind:
-        return (
-            f"{_name(first, places)} and rank {others[0]} have one CUDA device: start one rank per device, "
-            "or let the ranks share with --backend gloo"
-        )
-    return ""
-
-
-def first_refusal(found: Sequence[tuple[str, str]]) -> str:
-    """The first refusal in every rank's host and refusal, with the rank if not all say it; empty if there is none."""
-    refusals = {refusal for _, refusal in found}
-    if len(refusals) == 1:
-        return refusals.pop()
-    rank = next(rank for rank, (_, refusal) in enumerate(found) if refusal)
-    host, refusal = found[rank]
-    return f"rank {rank} (host {host}): {refusal}"
-
-
-def _name(rank: int, places: Sequence[Place]) -> str:
-    return f"rank {rank} (host {places[rank].host})"
 
 
 class World:
@@ -340,6 +271,8 @@ class World:
 
     def together(self, action: Callable[[], T]) -> T:
         """What `action` returns here; where it is refused on any rank, all ranks raise the same `UserError`."""
+        from ddp_circles.devices import first_refusal
+
         done: list[T] = []
         refusal = ""
         try:

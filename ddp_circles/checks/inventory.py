@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from ddp_circles.checks.findings import Finding, spell_ranks
-from ddp_circles.world import World, device_uuid, fingerprint
+from ddp_circles.devices import device_uuid
+from ddp_circles.world import World, fingerprint
 
 Inventory = dict[str, str]
 """One rank's host, device and versions; nothing secret."""

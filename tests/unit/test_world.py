@@ -11,19 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_circles import world as world_module
 from ddp_circles.config import UserError
-from ddp_circles.world import (
-    Place,
-    Ranks,
-    choose_device,
-    fingerprint,
-    is_lost_peer,
-    open_world,
-    pin_threads,
-    read_ranks,
-    why_not_together,
-)
+from ddp_circles.world import Ranks, fingerprint, is_lost_peer, open_world, pin_threads, read_ranks
 from tests.ranks import Job, free_port, run_ranks
 
 CPU = torch.device("cpu")
@@ -254,90 +243,15 @@ def test_threads_are_pinned_after_torch_is_imported_too() -> None:
     assert run_ranks(pinned, 2) == [3, 3]
 
 
-def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, nccl: bool = True) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
-
-
-@pytest.mark.parametrize("nccl", [True, False])
-@pytest.mark.parametrize(
-    "device, backend, flag",
-    [("cuda", "auto", "--device cuda"), ("cuda", "gloo", "--device cuda"), ("auto", "nccl", "--backend nccl"),
-     ("cpu", "nccl", "--backend nccl")],
-)  # fmt: skip
-def test_what_is_absent_is_refused_by_flag(
-    device: str, backend: str, flag: str, nccl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_gpus(monkeypatch, 0, nccl=nccl)
-    with pytest.raises(UserError, match=flag):
-        choose_device(device, backend, Ranks())
-
-
-def test_nccl_on_the_cpu_is_refused_even_beside_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpus(monkeypatch, 2)
-    with pytest.raises(UserError, match="--backend nccl"):
-        choose_device("cpu", "nccl", Ranks())
-
-
-@pytest.mark.parametrize(
-    "gpus, device, backend, chosen",
-    [
-        (0, "auto", "auto", ("cpu", "gloo")),
-        (0, "cpu", "gloo", ("cpu", "gloo")),
-        (2, "auto", "auto", ("cuda:1", "nccl")),
-        (2, "cuda", "gloo", ("cuda:1", "gloo")),
-        (2, "cpu", "auto", ("cpu", "gloo")),
-    ],
-)
-def test_device_and_backend(
-    gpus: int, device: str, backend: str, chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_gpus(monkeypatch, gpus)
-    torch_device, name = choose_device(device, backend, Ranks(rank=3, world_size=4, local_rank=1, local_world_size=2))
-    assert (str(torch_device), name) == chosen
-
-
-def test_ranks_that_see_one_gpu_each_take_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with `srun --gpus-per-task=1`: who shares one with whom is seen by its own name, not by its number."""
-    fake_gpus(monkeypatch, 1)
-    third = Ranks(rank=2, world_size=4, local_rank=2, local_world_size=4)
-    assert choose_device("cuda", "auto", third) == (torch.device("cuda:0"), "nccl")
-    assert choose_device("cuda", "gloo", third) == (torch.device("cuda:0"), "gloo")
-
-
-ON_A = Place("a", "cuda with nccl", "GPU-1")
-
-
-@pytest.mark.parametrize(
-    ("places", "why"),
-    [
-        ([ON_A], ""),
-        ([ON_A, Place("a", "cuda with nccl", "GPU-2")], ""),
-        ([ON_A, ON_A], "rank 0 (host a) and rank 1 have one CUDA device: start one rank per device, or let"),
-        ([ON_A._replace(kind="cuda with gloo")] * 3, ""),
-        ([Place("a", "cpu with gloo")] * 3, ""),
-        (
-            [ON_A, Place("b", "cpu with gloo"), Place("b", "cpu with gloo")],
-            "the ranks would not meet (cuda with nccl on 1, first on rank 0 (host a); cpu with gloo on 2, first on",
-        ),
-        ([ON_A, Place("b", refusal="--device cuda: none")], "rank 1 (host b): --device cuda: none"),
-        ([Place("a", refusal="--device cuda: none"), Place("b", refusal="--device cuda: none")], "--device cuda: none"),
-        ([Place("a", refusal="busy"), Place("b", refusal="none")], "rank 0 (host a): busy"),
-    ],
-)
-def test_ranks_on_places_that_do_not_go_together_are_refused(places: list[Place], why: str) -> None:
-    assert why_not_together(places).startswith(why)
-    assert bool(why_not_together(places)) == bool(why)
-
-
 def refuse_on_one(rank: int) -> str:
     """The device of one rank is missing; each rank says why it was refused."""
+    from ddp_circles import devices
+
     ranks = read_ranks()
     fakes = {"is_available": lambda: ranks.rank != rank, "device_count": lambda: 1, "set_device": lambda _: None}
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
-    setattr(world_module, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
+    setattr(devices, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
     with pytest.raises(UserError) as refused, open_world(ranks, "cuda", "gloo", 30):
         pass
     return str(refused.value)
