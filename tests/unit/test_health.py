@@ -223,7 +223,7 @@ class CountingStore:
 
 
 def test_naming_the_lost_among_many_costs_each_a_few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "WITNESS_SECONDS", 1.0)
+    monkeypatch.setattr(health, "WITNESS_SECONDS", 4.0)
     store, size, lost = CountingStore(), 1024, 700
     watches = [Watch(rank, size, launched=False) for rank in range(size)]
     for watch in watches:
@@ -238,10 +238,10 @@ def test_naming_the_lost_among_many_costs_each_a_few_requests(monkeypatch: pytes
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert len(names) == 1
     assert re.match(rf"rank {lost} \(host [^)]+\) last seen in start, ", names.pop())
-    assert store.requests < 40 * size
+    assert store.requests < 150 * size  # nearly all of them questions whether it is found out yet, ten a second
 
 
 # ---- the end of a process
