@@ -1,7 +1,8 @@
-"""Throughput of training against the peers: python -m benchmarks.throughput --ranks 1 2 --rounds 11.
+"""Throughput of training against the peers: python -m benchmarks.throughput --ranks 1 2 --starts 3 --rounds 4.
 
-Every contender has processes of its own, each bound to a core, which live through all rounds: nobody's settings,
-patches or warm caches reach another. In each round the contenders take turns, beginning with another one each time, so
+Every contender has processes of its own, each bound to a core: nobody's settings, patches or warm caches reach another.
+They live for some rounds and are started anew several times, since two processes that do the same can differ by a tenth
+for as long as they live. In each round the contenders take turns, beginning with another one each time, so
 that a busy minute of the machine hits all of them; while one runs, the others' processes sleep. One figure is the wall
 time of a run over 2E epochs less that of a run over E epochs, divided by the steps of E epochs: start and end of a run
 cancel out. Ratios are taken within a round. On a noisy machine the quietest moments tell more: the least time of 2E
@@ -154,11 +155,18 @@ def quiet() -> Iterator[None]:
 Timings = dict[str, list[Timing]]
 
 
-def measure(job: Job, names: Sequence[str], *, rounds: int, epochs: int) -> Timings:
-    """Rounds in alternation, after one run each to warm up."""
+def measure(job: Job, names: Sequence[str], *, starts: int, rounds: int, epochs: int) -> Timings:
+    """`rounds` rounds with each of `starts` sets of processes."""
     timings: Timings = {name: [] for name in names}
+    for _ in range(starts):
+        measure_once(job, timings, rounds=rounds, epochs=epochs)
+    return timings
+
+
+def measure_once(job: Job, timings: Timings, *, rounds: int, epochs: int) -> None:
+    """Rounds in alternation with new processes, after one run each to warm up; adds to `timings`."""
     with ExitStack() as stack:
-        teams = [Team(name, job) for name in names]
+        teams = [Team(name, job) for name in timings]
         for team in teams:
             stack.callback(team.close)
         for team in teams:
@@ -169,7 +177,6 @@ def measure(job: Job, names: Sequence[str], *, rounds: int, epochs: int) -> Timi
                 timings[team.name].append(team.measure(epochs))
             shown = "  ".join(f"{name} {values[-1].microseconds:.0f}" for name, values in timings.items())
             print(f"{job.ranks} ranks, round {number + 1} of {rounds}: {shown}", file=sys.stderr, flush=True)
-    return timings
 
 
 @dataclass(frozen=True)
@@ -303,7 +310,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--starts", type=int, default=3, help="sets of processes")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds with each set")
     parser.add_argument("--epochs", type=int, default=5, help="E: runs over E and 2E epochs are timed")
     parser.add_argument("--n-samples", type=int, default=16000, help="points in all; four fifths are trained on")
     parser.add_argument("--batch-size", type=int, default=32, help="samples per rank and step")
@@ -323,7 +331,8 @@ def main() -> None:
         job = Job(arguments.n_samples, arguments.batch_size, ranks, arguments.device, arguments.fused_peers)
         installed = [name for name in arguments.only if CONTENDERS[name].installed]
         summary = summarise(
-            measure(job, installed, rounds=arguments.rounds, epochs=arguments.epochs), arguments.epochs * job.steps
+            measure(job, installed, starts=arguments.starts, rounds=arguments.rounds, epochs=arguments.epochs),
+            arguments.epochs * job.steps,
         )
         document["results"][str(ranks)] = summary
         tables.append(table(job, summary, arguments.only))
