@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ddp_circles import Config, fit
-from ddp_circles.data import Dataset, Split, make_split
+from ddp_circles.data import Dataset, Split, make_points
 
 Figures = tuple[float, float]
 """Mean loss and accuracy of the last epoch over all ranks."""
@@ -53,7 +53,7 @@ class Job:
 
     def samples(self) -> Dataset:
         """The points to train on."""
-        made = make_split(
+        made = make_points(
             "circles", n_samples=self.n_samples, noise=0.03, factor=0.8, test_fraction=0.2, data_seed=SEED
         )
         return made.train
@@ -303,7 +303,7 @@ def train_lightning(job: Job, samples: Dataset, epochs: int) -> Figures:
         barebones=False,
     )
     circles = Circles()
-    trainer.fit(circles, DataLoader(TensorDataset(*samples), batch_size=job.batch_size, shuffle=True))
+    loop.fit(circles, DataLoader(TensorDataset(*samples), batch_size=job.batch_size, shuffle=True))
     return circles.figures
 
 

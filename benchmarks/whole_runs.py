@@ -227,7 +227,7 @@ def _training_seconds(*flags: str) -> float:
 def recording_share() -> float:
     """Train with the default settings in this process; returns the part of the training's time spent on recording."""
     from ddp_circles import Config, fit
-    from ddp_circles.recorder import Recorder
+    from ddp_circles.records.recorder import Recorder
 
     spent = 0.0
 

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddp_circles.config import Config
     from ddp_circles.data import Dataset, Split
-    from ddp_circles.train import fit
+    from ddp_circles.run import Result, fit
 
-__all__ = ["Config", "Dataset", "Split", "fit"]
+__all__ = ["Config", "Dataset", "Result", "Split", "fit"]
 __version__ = "0.1.0"
 
-_HOMES = {"Config": "config", "Dataset": "data", "Split": "data", "fit": "train"}
+_HOMES = {"Config": "config", "Dataset": "data", "Result": "run", "Split": "data", "fit": "run"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used, so that `python -m ddp_circles.train` stays clean."""
+    """Import the public names when they are first used: not everyone who imports the package needs torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"ddp_circles.{_HOMES[name]}"), name)

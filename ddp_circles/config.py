@@ -1,16 +1,17 @@
 """The configuration of a run: one frozen dataclass, recipes, TOML, validation. Imports no torch."""
 
-import argparse
 import dataclasses
-import io
 import math
-import re
 import tomllib
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
+
+import tomli_w
+
+from ddp_circles.errors import UserError
+from ddp_circles.job.faults import Fault
 
 # Far beyond any use; what is larger would end in some library's traceback instead of one clear message.
 MOST_SAMPLES = 2**31 - 1
@@ -18,28 +19,6 @@ MOST_MICRO_BATCHES = 2**16
 MOST_THREADS = 1024
 WIDEST = 2**16
 LONGEST_TIMEOUT = 10**8
-FAULT_KINDS = ("kill", "raise", "stall", "nan")
-
-
-class UserError(ValueError):
-    """Something the user can put right: one clear message, exit code 2, no traceback."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One planned fault: `kind` happens on `rank` in global step `step`."""
-
-    kind: str
-    rank: int
-    step: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Fault":
-        """Read `KIND@RANK:STEP`; raises `UserError` for anything else."""
-        match = re.fullmatch(r"(\w+)@(\d+):(\d+)", text)
-        if match is None or match[1] not in FAULT_KINDS:
-            raise UserError(f"--fault must be KIND@RANK:STEP with KIND one of {', '.join(FAULT_KINDS)}, got {text!r}")
-        return cls(match[1], int(match[2]), int(match[3]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +94,29 @@ class Config:
         _check_types(self)
         _check_ranges(self)
 
+    @property
+    def points(self) -> dict[str, Any]:
+        """The settings that the points follow from, by name."""
+        return {name: getattr(self, name) for name in POINT_FIELDS}
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """The settings that a run cannot change when it is continued, by name."""
+        return {name: getattr(self, name) for name in LASTING_FIELDS}
+
     def to_toml(self) -> str:
         """The settings as TOML, without those of one start alone (`STARTUP_FIELDS`)."""
-        import tomli_w
-
         values = dataclasses.asdict(self)
         return tomli_w.dumps({key: value for key, value in values.items() if key not in STARTUP_FIELDS})
 
 
+POINT_FIELDS = ("dataset", "n_samples", "noise", "factor", "test_fraction", "data_seed")
+"""Fields that the points follow from."""
+LASTING_FIELDS = (
+    *POINT_FIELDS, "hidden", "activation", "optimizer", "lr", "batch_size", "seed", "reduction", "micro_batches",
+    "threads",
+)  # fmt: skip
+"""Fields that a run cannot change when it is continued."""
 STARTUP_FIELDS = ("run_dir", "resume", "fault")
 """Fields that belong to one start of a run, not to the run."""
 
@@ -231,40 +225,3 @@ def read_toml(path: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
     return values
-
-
-def parse_command_line(arguments: list[str], *, quiet: bool = False) -> Config:
-    """Flags over `--config` file over `--recipe`; `quiet` keeps help and errors of ranks other than 0 silent.
-
-    Raises `UserError` or, for what the command line itself gets wrong, `SystemExit` with code 2.
-    """
-    import tyro
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default="circles")
-    first.add_argument("--config", type=Path)
-    try:
-        chosen, _ = first.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
-    base = recipe(chosen.recipe, **(read_toml(chosen.config) if chosen.config else {}))
-
-    @dataclass(frozen=True)
-    class CommandLine:
-        """Train the circles classifier on one process or many: the same seed gives the same bits."""
-
-        settings: tyro.conf.OmitArgPrefixes[Config]
-        recipe: Annotated[str, tyro.conf.arg(metavar="|".join(RECIPES))] = "circles"
-        """A full set of defaults; flags override it."""
-        config: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
-        """The same fields from a file; flags override it."""
-
-    silence = io.StringIO()
-    with redirect_stdout(silence) if quiet else nullcontext(), redirect_stderr(silence) if quiet else nullcontext():
-        parsed = tyro.cli(
-            CommandLine,
-            args=arguments,
-            default=CommandLine(base, chosen.recipe, chosen.config),
-            prog="python -m ddp_circles.train",
-        )
-    return parsed.settings

@@ -16,10 +16,10 @@ instead of one large one. Loss, right answers, the range guard and the stop flag
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -31,15 +31,12 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_circles.config import UserError
+from ddp_circles.errors import UserError
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
 from ddp_circles.metrics import LocalTally
-from ddp_circles.world import World
 
 WAITING_ELEMENTS = 2**22
 """Gradients that may wait to be rounded together; those of one micro-batch always may."""
-FAST_AGREES_EVERY = 32
-"""Steps between two agreements of the ranks in fast mode."""
 LOSS_SCALE = torch.tensor(2.0 ** (LOSS_BITS - GRADIENT_BITS))
 """Makes a unit of loss a unit of gradient, so that both are rounded, and checked for their range, together."""
 
@@ -91,26 +88,6 @@ Pass = tuple[nn.Module, AbstractContextManager[object]]
 """What a micro-batch is run through, and the context of its forward and backward pass."""
 
 
-class Reducer(Protocol):
-    """Sums gradients and metrics over all ranks, behind the loop's back."""
-
-    @property
-    def streams(self) -> int:
-        """Into how many micro-batches each step is cut, over all ranks."""
-
-    def passes(self, count: int) -> Sequence[Pass]:
-        """How this rank runs the `count` micro-batches of one step; the last one sums over all ranks."""
-
-    def weight(self, samples: int) -> float:
-        """What a micro-batch's summed loss is multiplied by, in a step of `samples` over all ranks."""
-
-    def agreed(self, step: int, *, last: bool) -> Tensor | None:
-        """Loss units, right answers, values out of range and stop requests of all ranks since the last agreement.
-
-        int64 of shape [4], or None after a step at which the ranks do not agree. `last`: the epoch's last step.
-        """
-
-
 class ExactReducer:
     """Integer sums: the same bits for every number of ranks. A DDP communication hook; at world one called directly.
 
@@ -155,15 +132,15 @@ class ExactReducer:
             replica.register_comm_hook(weakref.proxy(self), exact_sum_hook)
 
     def passes(self, count: int) -> list[Pass]:
-        """See `Reducer`: all but the last micro-batch stay on the rank."""
+        """See `loop.Reducer`: all but the last micro-batch stay on the rank."""
         return [self._accumulating] * (count - 1) + [self._reducing]
 
     def weight(self, samples: int) -> float:
-        """See `Reducer`: the sum of all gradients is that of the mean loss."""
+        """See `loop.Reducer`: the sum of all gradients is that of the mean loss."""
         return 1.0 / samples
 
     def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the protocol's arguments
-        """See `Reducer`: the ranks agree after every step."""
+        """See `loop.Reducer`: the ranks agree after every step."""
         return self._sums
 
     def accumulate(self) -> None:
@@ -296,45 +273,3 @@ class _AtExit:
     ) -> None:
         if error is None:
             self._finish()
-
-
-class FastReducer:
-    """Plain DDP: one micro-batch per rank, the backend's own all-reduce, no promise about the last bits.
-
-    The ranks agree on metrics and stop requests every `FAST_AGREES_EVERY` steps and after an epoch's last. `replica`:
-    the DDP wrapper; in a world of one the bare module.
-    """
-
-    def __init__(
-        self,
-        replica: nn.Module,
-        *,
-        world: World,
-        tally: LocalTally,
-        stop_requested: Callable[[], bool],
-    ) -> None:
-        self.streams = world.ranks.world_size
-        self._parameters = [parameter for parameter in replica.parameters() if parameter.requires_grad]
-        self._pass: Pass = (replica, nullcontext())
-        self._world = world
-        self._tally = tally
-        self._stop_requested = stop_requested
-        self._flag = torch.tensor([[0], [1]], device=world.device)
-
-    def passes(self, count: int) -> list[Pass]:
-        """See `Reducer`."""
-        return [self._pass] * count
-
-    def weight(self, samples: int) -> float:
-        """See `Reducer`: DDP averages over ranks; the result is the mean over samples even for unequal shards."""
-        return self.streams / samples
-
-    def agreed(self, step: int, *, last: bool) -> Tensor | None:
-        """See `Reducer`."""
-        if not last and (step + 1) % FAST_AGREES_EVERY:
-            return None
-        sums = self._tally.take(self.streams * FAST_AGREES_EVERY)
-        # What an earlier step spoiled shows in the losses by now; this step's update may be about to be saved.
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        sums[2] += torch.stack([gradient.isfinite().all() for gradient in gradients]).logical_not().sum()
-        return self._world.sum(torch.cat([sums, self._flag[int(self._stop_requested())]]))

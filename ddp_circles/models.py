@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddp_circles.config import UserError
+from ddp_circles.errors import UserError
+
+BLOB_CENTRES = 4
 
 
 class Classifier(nn.Module):
@@ -33,6 +35,11 @@ class Classifier(nn.Module):
         """Raw logits of `inputs`."""
         logits: Tensor = self.layers(inputs)
         return logits.squeeze(1) if self.binary else logits
+
+
+def class_count(dataset: str) -> int:
+    """How many classes the points of `dataset` have."""
+    return BLOB_CENTRES if dataset == "blobs" else 2
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

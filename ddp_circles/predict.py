@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, NamedTuple
 
-from ddp_circles.config import Config, UserError, read_toml
-from ddp_circles.files import SUFFIX, flush_folder
+from ddp_circles.config import Config, read_toml
+from ddp_circles.errors import UserError
+from ddp_circles.records.files import SUFFIX, flush_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,8 +113,7 @@ def load_model(run_dir: Path) -> tuple[Config, "nn.Module"]:
     config = _read_config(run_dir / "config.toml")
     weights = _read_weights(run_dir / "model.safetensors")
 
-    from ddp_circles.data import class_count
-    from ddp_circles.models import Classifier
+    from ddp_circles.models import Classifier, class_count
 
     model = Classifier(len(COORDINATES), config.hidden, config.activation, class_count(config.dataset))
     _check_weights(weights, model.state_dict(), run_dir)
@@ -189,7 +189,7 @@ def show_test_points(config: Config, model: "nn.Module", count: int) -> str:
     """
     from ddp_circles.data import make_points
 
-    test = make_points(config).test
+    test = make_points(**config.points).test
     if not 1 <= count <= len(test.inputs):
         raise UserError(f"--show must be between 1 and {len(test.inputs)}, the number of test points, got {count}")
     return _table(model, test.inputs[:count], test.targets[:count])

@@ -11,7 +11,7 @@ from multiprocessing import forkserver, resource_tracker
 import psutil
 import pytest
 
-from tests.ranks import LAUNCHER_VARIABLES
+from tests.harness.ranks import LAUNCHER_VARIABLES
 
 STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE", "GLOO_", "OMP_NUM_", "MKL_NUM_", "TORCH_DISABLE_")
 SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR"}
@@ -27,8 +27,9 @@ for _name in list(os.environ):  # before the fork server starts: its ranks see t
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--forbid-skips`: what could not be tested counts as failed, but for what needs a GPU."""
+    """Add `--forbid-skips`, under which a test that could not run has failed, and `--all`."""
     parser.addoption("--forbid-skips", action="store_true", help="a skipped test is a failed one, but for tests/gpu")
+    parser.addoption("--all", action="store_true", help="run the thorough tests too")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -43,16 +44,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long rehearsals unless `-m` speaks of them."""
-    long = [] if "long" in config.getoption("markexpr") else [item for item in items if item.get_closest_marker("long")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    """Leave out the thorough tests without `--all`, and the long rehearsals unless `-m` speaks of them."""
+    left_out = set() if "long" in config.getoption("markexpr") else {"long"}
+    if not config.getoption("all"):
+        left_out.add("thorough")
+    deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the fork server import torch while the first tests run, if any test here will need it."""
-    harness = sys.modules["tests.ranks"]
+    harness = sys.modules["tests.harness.ranks"]
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
     names = ("Job", "run_ranks", "train_on")
     if any(getattr(module, name, None) is getattr(harness, name) for module in modules for name in names):

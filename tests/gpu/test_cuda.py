@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import train_on
+from tests.harness.ranks import train_on
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

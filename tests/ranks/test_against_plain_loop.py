@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from tests.ranks import train_on
+from tests.harness.ranks import train_on
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import Job, Outcome, train
+from tests.harness.ranks import Job, Outcome, train
 
 SIZE = 3
 QUIET = ("--wandb", "disabled", "--no-plots", "--epochs", "1")

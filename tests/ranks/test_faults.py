@@ -8,8 +8,19 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import Job, free_port
-from tests.runs import QUIET, bits, checkpoint_steps, finish, metrics, newest_state, run, start, status, train_hastily
+from tests.harness.ranks import Job, free_port
+from tests.harness.runs import (
+    QUIET,
+    bits,
+    checkpoint_steps,
+    finish,
+    metrics,
+    newest_state,
+    run,
+    start,
+    status,
+    train_hastily,
+)
 
 SMALL = ("--n-samples=125", "--batch-size=16", "--epochs=10", "--checkpoint-steps=1")
 """70 steps, with a checkpoint after each."""
@@ -102,7 +113,7 @@ def test_a_stalled_rank_is_named_with_place_and_age_and_nothing_is_left(tmp_path
 
 
 def train_with_little_patience(*flags: object) -> None:
-    from ddp_circles import health
+    from ddp_circles.job import watch as health
 
     health.STORE_SECONDS = 3.0
     train_hastily(*flags)
@@ -126,10 +137,11 @@ def stall_in_evaluation(*flags: object) -> None:
     """Rank 1 does not come back from its second evaluation."""
     import os
 
-    from ddp_circles import health, trainer
+    from ddp_circles import loop
+    from ddp_circles.job import watch as health
 
     health.GRACE_SECONDS, health.WITNESS_SECONDS = 5.0, 1.5
-    original, evaluations = trainer.evaluate, 0
+    original, evaluations = loop.evaluate, 0
 
     def evaluate(*arguments: Any) -> Any:
         nonlocal evaluations
@@ -138,7 +150,7 @@ def stall_in_evaluation(*flags: object) -> None:
             time.sleep(60)
         return original(*arguments)
 
-    setattr(trainer, "evaluate", evaluate)  # noqa: B010 - a plain assignment has another type
+    setattr(loop, "evaluate", evaluate)  # noqa: B010 - a plain assignment has another type
     train_hastily(*flags)
 
 

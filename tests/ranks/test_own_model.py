@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ddp_circles import Config, Dataset, Split, fit
-from tests.ranks import Job, free_port, run_ranks
-from tests.runs import metrics
+from tests.harness.ranks import Job, free_port, run_ranks
+from tests.harness.runs import metrics
 
 FEATURES = 3
 

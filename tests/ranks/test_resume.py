@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ddp_circles.checkpoint import Checkpoints
-from tests.ranks import Job, Outcome
-from tests.runs import (
+from ddp_circles.records.checkpoint import Checkpoints
+from tests.harness.ranks import Job, Outcome
+from tests.harness.runs import (
     PLAIN,
     QUIET,
     Bits,
@@ -247,7 +247,7 @@ def train_on_a_full_disk(limit: int, after_saves: int, *flags: object) -> None:
     """From some checkpoint on no file may grow beyond `limit` bytes."""
     import resource
 
-    from ddp_circles.recorder import Recorder
+    from ddp_circles.records.recorder import Recorder
 
     original, saves = Recorder.save_or_raise, 0
 
@@ -283,7 +283,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_training(tmp_path: Path) -> N
 
 
 def train_impatiently(*flags: object) -> None:
-    from ddp_circles import run_dir
+    from ddp_circles.records import run_dir
 
     run_dir.LOCK_WAIT_SECONDS = 0.2
     train_hastily(*flags)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ddp_circles.config import Config
 from ddp_circles.sharding import TensorSampler
-from tests.ranks import Job, run_ranks, train
-from tests.runs import PLAIN, QUIET, Bits, bits, checkpoint_steps, finish, run, status
+from tests.harness.ranks import Job, run_ranks, train
+from tests.harness.runs import PLAIN, QUIET, Bits, bits, checkpoint_steps, finish, run, status
 
 RECIPES = {
     "default": ("--epochs=3",),

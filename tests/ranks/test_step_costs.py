@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import run_ranks
+from tests.harness.ranks import run_ranks
 
 STEPS_PER_EPOCH = 13
 
 
 def counted_run(folder: Path, epochs: int, settings: dict[str, Any]) -> Counter[str]:
     """Train quietly and count, in the training alone, calls of any kind, all-reduces, and reads of tensors."""
-    from ddp_circles import Config, fit, trainer
+    from ddp_circles import Config, fit, loop
 
     counts: Counter[str] = Counter()
     inside = False
@@ -34,7 +34,7 @@ def counted_run(folder: Path, epochs: int, settings: dict[str, Any]) -> Counter[
             ):
                 counts["reads"] += 1
 
-    all_reduce, train_epoch = dist.all_reduce, trainer.train_epoch
+    all_reduce, train_epoch = dist.all_reduce, loop.train_epoch
 
     def counting_all_reduce(*arguments: Any, **options: Any) -> Any:
         counts["collectives"] += inside
@@ -47,7 +47,7 @@ def counted_run(folder: Path, epochs: int, settings: dict[str, Any]) -> Counter[
         inside = False
 
     dist.all_reduce = counting_all_reduce
-    setattr(trainer, "train_epoch", watched_epoch)  # noqa: B010 - a plain assignment has another type
+    setattr(loop, "train_epoch", watched_epoch)  # noqa: B010 - a plain assignment has another type
     sys.setprofile(profile)
     try:
         fit(Config(run_dir=folder, epochs=epochs, wandb="disabled", plots=False, log_every=1000, **settings))

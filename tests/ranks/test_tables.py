@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import train_on
+from tests.harness.ranks import train_on
 
 TABLES = json.loads((Path(__file__).parents[1] / "data" / "published_tables.json").read_text())
 QUIET = ("--wandb", "disabled", "--no-plots")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from ddp_circles.verify import LAST_WORDS_SECONDS
-from tests.ranks import LAUNCHER_VARIABLES, Job, Outcome
+from tests.harness.ranks import LAUNCHER_VARIABLES, Job, Outcome
 
 SMALL = ("--device=cpu", "--max-bytes=16384")
 KINDS = ("flip", "slow", "wrong", "die")
@@ -30,9 +30,9 @@ def verify(*flags: object) -> None:
     """Run the verifier's command line in this rank; where rank 0 refuses, the others do not wait long."""
     import sys
 
-    from ddp_circles import verify as module
+    from ddp_circles import cli
 
-    module.RANK_0_SPEAKS_SECONDS = 0.1
+    cli.RANK_0_SPEAKS_SECONDS = 0.1
     sys.argv = ["verify", *map(str, flags)]
     module.main()
 
@@ -178,8 +178,8 @@ def wait_for(job: Job, condition: Callable[[], bool]) -> None:
 
 def verify_and_tell(folder: Path, patience: float, *flags: object) -> None:
     """Leave a file when the checks have begun; of a timeout of 20 seconds, wait for `patience`."""
-    from ddp_circles import verify as module
-    from ddp_circles.checks import speed
+    from ddp_circles.verify import __main__ as module
+    from ddp_circles.verify import speed
 
     module.LAST_WORDS_SECONDS = 20 - patience
     original = speed.measure
@@ -235,7 +235,7 @@ def test_a_frozen_rank_that_holds_the_store_is_named_too(tmp_path: Path) -> None
 
 def verify_impatiently(*flags: object) -> None:
     """Wait for three seconds only."""
-    from ddp_circles import verify as module
+    from ddp_circles.verify import __main__ as module
 
     module.LAST_WORDS_SECONDS = 17.0
     verify(*flags)
@@ -267,8 +267,8 @@ def test_a_request_to_stop_ends_all_ranks_with_a_report(tmp_path: Path) -> None:
 
 def verify_with_a_lasting_fault(victim: int, *flags: object) -> None:
     """One rank computes its losses wrong, always in the same way."""
-    from ddp_circles.checks import oracle
     from ddp_circles.models import loss_sum as original
+    from ddp_circles.verify import oracle
 
     def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return original(logits, targets) * (1 + 2.0**-20)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import Cluster, why_not
-from tests.slurm.training import Training, Undisturbed, run_undisturbed
+from tests.harness.cluster import Cluster, why_not
+from tests.harness.training import Training, Undisturbed, run_undisturbed
 
 
 @pytest.fixture(scope="session")

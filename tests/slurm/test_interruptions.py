@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Job, wait_until
-from tests.slurm.training import Training, Undisturbed, read_rows
+from tests.harness.cluster import Cluster, Job, wait_until
+from tests.harness.training import Training, Undisturbed, read_rows
 
 pytestmark = pytest.mark.timeout(600)
 

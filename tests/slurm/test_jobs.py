@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Job
-from tests.slurm.training import EPOCHS, STEPS_PER_EPOCH, Training, Undisturbed, read_rows
+from tests.harness.cluster import Cluster, Job
+from tests.harness.training import EPOCHS, STEPS_PER_EPOCH, Training, Undisturbed, read_rows
 
 pytestmark = pytest.mark.timeout(400)
 

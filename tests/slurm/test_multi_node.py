@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ranks import free_port
-from tests.slurm.cluster import wait_until
-from tests.slurm.training import EPOCHS, PROJECT, SETTINGS, STEPS_PER_EPOCH, Undisturbed, read_rows
+from tests.harness.cluster import wait_until
+from tests.harness.ranks import free_port
+from tests.harness.training import EPOCHS, PROJECT, SETTINGS, STEPS_PER_EPOCH, Undisturbed, read_rows
 
 pytestmark = pytest.mark.timeout(300)
 

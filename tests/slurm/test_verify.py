@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import FINAL_STATES, Cluster, Job
-from tests.slurm.training import PROJECT
+from tests.harness.cluster import FINAL_STATES, Cluster, Job
+from tests.harness.training import PROJECT
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ddp_circles.checkpoint import decode
-from tests.ranks import Job, train, train_on
+from ddp_circles.records.checkpoint import decode
+from tests.harness.ranks import Job, train, train_on
 
 FAULTS = ("kill one", "kill all", "kill while saving", "terminate torchrun")
 SAVE_EVERY = 20
@@ -21,7 +21,7 @@ SAVE_EVERY = 20
 
 def train_and_die_while_saving(saves: int, *flags: object) -> None:
     """Train; rank 0 is killed when its checkpoint number `saves` is written and has not got its name yet."""
-    from ddp_circles import files
+    from ddp_circles.records import files
 
     fsync = os.fsync
 

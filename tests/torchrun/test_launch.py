@@ -118,7 +118,7 @@ def test_one_rank_that_raises_ends_the_job_and_is_named_once(tmp_path: Path) -> 
     run_dir = tmp_path / "runs" / "launch"
     assert ended.at - (run_dir / "fault").stat().st_mtime < 15
     assert len(re.findall(r"InjectedFaultError: --fault asked for this in step 20", ended.output)) == 1
-    assert len(re.findall(r'File ".*ddp_circles/faults\.py"', ended.output)) <= 2  # the frames of one traceback
+    assert len(re.findall(r'File ".*ddp_circles/job/faults\.py"', ended.output)) <= 2  # the frames of one traceback
     labelled = re.search(r"rank +: (\d+) \(local_rank: \d+\)\n(?:.*\n){2} *traceback : Traceback ", ended.output)
     assert labelled is not None, ended.output
     assert labelled[1] == "1"

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ranks import free_port
-from tests.runs import PLAIN, Bits, Command, bits, checkpoint_steps, finish, newest_state, status, torchrun
+from tests.harness.ranks import free_port
+from tests.harness.runs import PLAIN, Bits, Command, bits, checkpoint_steps, finish, newest_state, status, torchrun
 
 SETTINGS = ("--n-samples=125", "--batch-size=16", "--epochs=35", "--checkpoint-steps=50")
 """245 steps."""

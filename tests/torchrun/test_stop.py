@@ -10,9 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
-from ddp_circles.health import STOP_SIGNALS
-from tests.ranks import Job
-from tests.runs import (
+from ddp_circles.job.stop import STOP_SIGNALS
+from tests.harness.ranks import Job
+from tests.harness.runs import (
     PLAIN,
     QUIET,
     TRAINER,
@@ -66,16 +66,16 @@ def signal_in_evaluation(number: int, *flags: object) -> None:
     """The last rank is signalled at the beginning of its first evaluation."""
     import os
 
-    from ddp_circles import trainer
+    from ddp_circles import loop
 
-    original = trainer.evaluate
+    original = loop.evaluate
 
     def evaluate(*arguments: Any) -> Any:
         if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
             signal.raise_signal(number)
         return original(*arguments)
 
-    setattr(trainer, "evaluate", evaluate)  # noqa: B010 - a plain assignment has another type
+    setattr(loop, "evaluate", evaluate)  # noqa: B010 - a plain assignment has another type
     (train_hastily if os.environ["WORLD_SIZE"] != "1" else train_plain)(*flags)
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.runs import Command
+from tests.harness.runs import Command
 
 MODULE = ("-m", "ddp_circles.verify", "--device=cpu")
 

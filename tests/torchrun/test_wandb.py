@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ddp_circles import tracking
+from ddp_circles.records import metrics_file as tracking
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 8

@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_circles import run_dir as run_dir_module
-from ddp_circles.checkpoint import KEEP, Checkpoints, decode, encode
-from ddp_circles.config import UserError
-from ddp_circles.files import write_atomically
-from ddp_circles.run_dir import RunDir
-from tests.ranks import Job
+from ddp_circles.errors import UserError
+from ddp_circles.records import run_dir as run_dir_module
+from ddp_circles.records.checkpoint import KEEP, Checkpoints, decode, encode
+from ddp_circles.records.files import write_atomically
+from ddp_circles.records.run_dir import RunDir
+from tests.harness.ranks import Job
 
 STATE: dict[str, Any] = {
     "model": {"weight": torch.tensor([1.0, -0.0, torch.inf, 1e-45])},

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_circles.config import Config, Fault, UserError, parse_command_line, read_toml, recipe
+from ddp_circles.config import Config, read_toml, recipe
+from ddp_circles.errors import UserError
+from ddp_circles.job.faults import Fault
+from ddp_circles.train import parse_command_line
 
 FLAGS: list[tuple[str, Any, str, Any]] = [
     # flag, its default, another value on the command line, and that value in the configuration

@@ -15,10 +15,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from ddp_circles import Config, data, fit
-from ddp_circles.config import UserError
-from ddp_circles.data import Split, class_count, make_split
-from ddp_circles.models import Classifier, correct_count, labels_of, loss_sum, probabilities_of
-from tests.ranks import run_ranks
+from ddp_circles.data import Split, make_points
+from ddp_circles.errors import UserError
+from ddp_circles.models import Classifier, class_count, correct_count, labels_of, loss_sum, probabilities_of
+from tests.harness.ranks import run_ranks
 
 CIRCLES = {"n_samples": 1000, "noise": 0.03, "factor": 0.8, "test_fraction": 0.2, "data_seed": 42}
 BLOBS = CIRCLES | {"noise": 1.5}
@@ -70,20 +70,20 @@ def test_points_are_those_of_scikit_learn(
     by_hand: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]],
     target_type: torch.dtype,
 ) -> None:
-    split = make_split(dataset, **arguments)  # type: ignore[arg-type]
+    split = make_points(dataset, **arguments)  # type: ignore[arg-type]
     for ours, theirs in zip(parts(split), by_hand(), strict=True):
         assert torch.equal(ours, theirs)
         assert ours.dtype == theirs.dtype
     assert [tuple(part.shape) for part in parts(split)] == [(800, 2), (800,), (200, 2), (200,)]
     assert (split.train.inputs.dtype, split.train.targets.dtype) == (torch.float32, target_type)
-    assert same(split, make_split(dataset, **arguments))  # type: ignore[arg-type]
+    assert same(split, make_points(dataset, **arguments))  # type: ignore[arg-type]
     assert len(split.train.targets.unique()) == class_count(dataset)
 
 
 def test_the_first_point_is_the_published_one() -> None:
     X, y = make_circles(1000, noise=0.03, random_state=42)  # noqa: N806
     np.testing.assert_allclose(X[0], [0.75424625, 0.23148074], atol=1e-8)  # as printed in the tutorial's notebook
-    split = make_split("circles", **CIRCLES)  # type: ignore[arg-type]
+    split = make_points("circles", **CIRCLES)  # type: ignore[arg-type]
     points = torch.cat([split.train.inputs, split.test.inputs])
     assert (points == torch.from_numpy(X[0]).float()).all(dim=1).sum() == 1
     assert y.mean() == 0.5
@@ -91,7 +91,7 @@ def test_the_first_point_is_the_published_one() -> None:
 
 def test_uneven_sets_lose_no_point() -> None:
     arguments = CIRCLES | {"n_samples": 613, "test_fraction": 0.23}
-    split = make_split("circles", **arguments)  # type: ignore[arg-type]
+    split = make_points("circles", **arguments)  # type: ignore[arg-type]
     assert (len(split.train.inputs), len(split.test.inputs)) == (613 - 141, 141)  # 0.23 * 613 = 140.99, rounded up
 
 
@@ -105,24 +105,24 @@ def small_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_a_stored_set_is_the_same_and_made_once(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = data._generate("blobs", **BLOBS)  # type: ignore[arg-type]
-    assert same(make_split("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
-    assert not same(make_split("blobs", **(BLOBS | {"data_seed": 1})), fresh)  # type: ignore[arg-type]
+    assert same(make_points("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
+    assert not same(make_points("blobs", **(BLOBS | {"data_seed": 1})), fresh)  # type: ignore[arg-type]
     monkeypatch.setattr(data, "_generate", None)
-    assert same(make_split("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
+    assert same(make_points("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["train_inputs.npy", "test_targets.npy", "checksums.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_stored_set_is_made_again(small_cache: Path, name: str, damage: str) -> None:
     fresh = data._generate("circles", **CIRCLES)  # type: ignore[arg-type]
-    make_split("circles", **CIRCLES)  # type: ignore[arg-type]
+    make_points("circles", **CIRCLES)  # type: ignore[arg-type]
     [file] = small_cache.glob(f"*/*/{name}")
     content = file.read_bytes()
     if damage == "gone":
         file.unlink()
     else:
         file.write_bytes(content[:-9] + (b"" if damage == "cut" else bytes(9)))
-    assert same(make_split("circles", **CIRCLES), fresh)  # type: ignore[arg-type]
+    assert same(make_points("circles", **CIRCLES), fresh)  # type: ignore[arg-type]
     assert file.read_bytes() == content
 
 
@@ -170,7 +170,7 @@ def make_at_once(folder: str) -> tuple[float, list[str]]:
     """Make a stored set beside other ranks; returns a sum over it, and what is in the cache then."""
     data.CACHED_FROM = 1
     tempfile.tempdir = folder
-    split = make_split("circles", **CIRCLES)  # type: ignore[arg-type]
+    split = make_points("circles", **CIRCLES)  # type: ignore[arg-type]
     return float(split.train.inputs.double().sum()), sorted(path.name for path in Path(folder).glob("*/*"))
 
 
@@ -235,7 +235,7 @@ def test_models_are_the_tutorials(
     ours = Classifier(2, hidden, activation, classes)
     for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(parameter, expected)
-    points = make_split("circles", **CIRCLES).test.inputs  # type: ignore[arg-type]
+    points = make_points("circles", **CIRCLES).test.inputs  # type: ignore[arg-type]
     logits = ours(points)
     assert torch.equal(logits, theirs(points).squeeze(1) if classes == 2 else theirs(points))
     assert logits.shape == ((200,) if classes == 2 else (200, 4))

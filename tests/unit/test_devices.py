@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_circles.config import UserError
-from ddp_circles.devices import Place, choose_device, why_not_together
+from ddp_circles.errors import UserError
+from ddp_circles.job.devices import Place, choose_device, why_not_together
 
 
 def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, nccl: bool = True) -> None:

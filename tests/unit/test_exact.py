@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from ddp_circles import exact
-from ddp_circles.config import UserError
-from ddp_circles.data import make_split
+from ddp_circles.data import make_points
+from ddp_circles.errors import UserError
 from ddp_circles.exact import ExactReducer, check_model
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
 from ddp_circles.metrics import LocalTally
@@ -182,7 +182,7 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
     torch.manual_seed(42)
     model = Classifier(2, (10, 10), "relu", 2)
     parameters = list(model.parameters())
-    inputs, targets = make_split(
+    inputs, targets = make_points(
         "circles", n_samples=1000, noise=0.03, factor=0.8, test_fraction=0.2, data_seed=42
     ).train
     tally = LocalTally(CPU)

@@ -13,9 +13,11 @@ from datetime import timedelta
 import pytest
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from ddp_circles import health
-from ddp_circles.health import STOP_SIGNALS, WAITED, StopRequest, Watch, parent_at_start
-from tests.ranks import Job, run_ranks
+from ddp_circles.job import watch as health
+from ddp_circles.job.ranks import parent_at_start
+from ddp_circles.job.stop import STOP_SIGNALS, StopRequest
+from ddp_circles.job.watch import WAITED, Watch
+from tests.harness.ranks import Job, run_ranks
 
 # ---- stop requests
 

@@ -27,7 +27,7 @@ def imported_by(*arguments: str) -> set[str]:
         ("-m", "ddp_circles.train", "--help"),
         ("-c", "import ddp_circles"),
         ("-c", "import ddp_circles; ddp_circles.Config()"),
-        ("-c", "import ddp_circles.config, ddp_circles.world, ddp_circles.health"),
+        ("-c", "import ddp_circles.config, ddp_circles.job.ranks, ddp_circles.job.stop"),
     ],
     ids=" ".join,
 )
@@ -52,10 +52,10 @@ def test_bad_flags_are_refused_before_torch_is_imported() -> None:
 
 
 def test_the_public_names() -> None:
-    assert ddp_circles.__all__ == ["Config", "Dataset", "Split", "fit"]
+    assert ddp_circles.__all__ == ["Config", "Dataset", "Result", "Split", "fit"]
     assert all(hasattr(ddp_circles, name) for name in ddp_circles.__all__)
     assert not hasattr(ddp_circles, "Trainer")
-    assert ddp_circles.fit.__module__ == "ddp_circles.train"
+    assert ddp_circles.fit.__module__ == "ddp_circles.run"
 
 
 @pytest.mark.parametrize("module", ["train", "predict"])

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor, nn
 
-from ddp_circles import plots
-from ddp_circles.data import Dataset, Split, make_split
+from ddp_circles.data import Dataset, Split, make_points
 from ddp_circles.models import Classifier
+from ddp_circles.records import plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -49,7 +49,7 @@ class Constant(nn.Module):
 
 def split_of(dataset: str, n_samples: int = 1000) -> Split:
     noise = 1.5 if dataset == "blobs" else 0.03
-    return make_split(dataset, n_samples=n_samples, noise=noise, factor=0.8, test_fraction=0.2, data_seed=42)
+    return make_points(dataset, n_samples=n_samples, noise=noise, factor=0.8, test_fraction=0.2, data_seed=42)
 
 
 def classifier(dataset: str) -> Classifier:
@@ -107,7 +107,7 @@ def test_bytes_do_not_depend_on_the_users_settings_which_stay(tmp_path: Path) ->
 def test_no_pyplot_and_no_matplotlib_before_it_is_needed(tmp_path: Path) -> None:
     program = """
 import sys
-from ddp_circles import plots
+from ddp_circles.records import plots
 assert not {"matplotlib", "torch", "numpy"} & set(sys.modules)
 plots.draw_curves([], __import__("pathlib").Path(sys.argv[1]))
 assert "matplotlib.pyplot" not in sys.modules

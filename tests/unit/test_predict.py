@@ -25,9 +25,9 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from ddp_circles import predict
-from ddp_circles.config import Config, UserError, recipe
-from ddp_circles.data import class_count
-from ddp_circles.models import Classifier
+from ddp_circles.config import Config, recipe
+from ddp_circles.errors import UserError
+from ddp_circles.models import Classifier, class_count
 
 BINARY = ["logit", "probability", "label"]
 FOUR = [*(f"logit_{k}" for k in range(4)), *(f"probability_{k}" for k in range(4)), "label"]

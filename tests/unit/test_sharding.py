@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
 from ddp_circles.data import Dataset
+from ddp_circles.loop import streams_of
 from ddp_circles.sharding import Sharding, TensorSampler
-from ddp_circles.trainer import streams_of
 
 SAMPLES = st.integers(1, 400)
 BATCH_SIZES = st.integers(1, 450)

@@ -22,8 +22,9 @@ from typing import Any, Literal, Self
 import psutil
 import pytest
 
-from ddp_circles import tracking
-from ddp_circles.tracking import Console, JsonLines, Row, Trackers, WandbRun, choose_wandb_mode, new_run_id, read_rows
+from ddp_circles.records.console import Console
+from ddp_circles.records.metrics_file import MetricsFile, Row, read_rows
+from ddp_circles.records.wandb_follower import choose_mode, new_run_id
 
 ROOT = str(Path(__file__).parents[2])
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -58,7 +59,7 @@ def warnings_in(text: str) -> list[str]:
 
 
 def test_a_line_holds_the_figures_to_the_last_digit(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path / "metrics.jsonl", 0)
+    lines = MetricsFile(tmp_path / "metrics.jsonl", 0)
     for epoch in range(3):
         lines.log(row(epoch))
     lines.close()
@@ -78,7 +79,7 @@ def test_wherever_a_kill_cuts_the_file_each_epoch_is_there_once(
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         kept = min(sum(cut >= end for end in ends), keep_below_epoch)
-        lines = JsonLines(path, keep_below_epoch)
+        lines = MetricsFile(path, keep_below_epoch)
         assert read_rows(path) == rows(*range(kept))
         for epoch in range(kept, 4):
             lines.log(row(epoch))
@@ -92,13 +93,13 @@ def test_damage_in_the_middle_costs_its_own_line_alone(tmp_path: Path) -> None:
     good = [json.dumps(row(epoch)) for epoch in range(2)]
     path.write_text(f"{good[0]}\n\0\0\0\n[1]\n{{}}\n7\n{good[1]}\n{good[1]}\n")
     (tmp_path / ".metrics.jsonl.left").write_text("by a kill during the same")
-    JsonLines(path, 5).close()
+    MetricsFile(path, 5).close()
     assert path.read_text() == f"{good[0]}\n{good[1]}\n"
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_one_write_for_a_line_and_a_sync_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = JsonLines(tmp_path / "metrics.jsonl", 0)
+    lines = MetricsFile(tmp_path / "metrics.jsonl", 0)
     calls: list[str] = []
 
     def counted(name: str) -> None:
@@ -126,10 +127,10 @@ def test_a_full_disk_costs_warnings_and_no_line(tmp_path: Path) -> None:
         import resource, sys
         sys.path.insert(0, {ROOT!r})
         from pathlib import Path
-        from ddp_circles.tracking import JsonLines, read_rows
+        from ddp_circles.tracking import MetricsFile, read_rows
         from tests.unit.test_tracking import row
         path = Path({str(tmp_path)!r}, "metrics.jsonl")
-        lines = JsonLines(path, 0)
+        lines = MetricsFile(path, 0)
         lines.log(row(0))
         lines.flush()
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, resource.RLIM_INFINITY))
@@ -162,7 +163,7 @@ def test_a_full_disk_costs_warnings_and_no_line(tmp_path: Path) -> None:
 
 def test_lines_that_a_failed_sync_lost_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
-    lines = JsonLines(path, 0)
+    lines = MetricsFile(path, 0)
     lines.log(row(0))
     lines.flush()
     durable = path.read_bytes()
@@ -325,7 +326,7 @@ def test_run_ids_are_short_and_differ() -> None:
 
 
 def test_choosing_a_mode_imports_nothing_heavy() -> None:
-    script = "import sys; from ddp_circles import tracking; tracking.choose_wandb_mode('auto'); tracking.new_run_id(); "
+    script = "import sys; from ddp_circles import tracking; tracking.choose_mode('auto'); tracking.new_run_id(); "
     script += "print({'wandb', 'torch', 'rich', 'matplotlib', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "set()\n"
@@ -382,7 +383,7 @@ def test_the_mode_is_chosen_from_what_is_configured_here(
     for name, text in files.items():
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text)
-    assert choose_wandb_mode(asked) == chosen
+    assert choose_mode(asked) == chosen
 
 
 class Watched(WandbRun):

@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._C._distributed_c10d import HashStore
 
-from ddp_circles.checks import collectives, inventory, oracle, speed
-from ddp_circles.checks.board import Alarm, Board
-from ddp_circles.checks.collectives import Case, Wrong
-from ddp_circles.checks.findings import Finding, failed, merged, spell_ranks, worst_first
-from ddp_circles.checks.injection import INTEGERS, Injection, Trouble, flip_once
-from ddp_circles.checks.oracle import Alone, Run, Together
-from ddp_circles.checks.report import Report
-from ddp_circles.checks.speed import Timing
-from ddp_circles.config import UserError
+from ddp_circles.errors import UserError
 from ddp_circles.fixed_point import GRADIENT_BITS, quantize
 from ddp_circles.models import loss_sum
-from ddp_circles.verify import Settings
+from ddp_circles.verify import collectives, inventory, oracle, speed
+from ddp_circles.verify.__main__ import Settings
+from ddp_circles.verify.board import Alarm, Board
+from ddp_circles.verify.collectives import Case, Wrong
+from ddp_circles.verify.findings import Finding, failed, merged, spell_ranks, worst_first
+from ddp_circles.verify.injection import INTEGERS, Injection, Trouble, flip_once
+from ddp_circles.verify.oracle import Alone, Run, Together
+from ddp_circles.verify.report import Report
+from ddp_circles.verify.speed import Timing
 
 CPU = torch.device("cpu")
 WORLDS = st.one_of(st.integers(1, 40), st.sampled_from([100, 256, 257, 1000]))

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_circles.config import UserError
-from ddp_circles.world import Ranks, fingerprint, is_lost_peer, open_world, pin_threads, read_ranks
-from tests.ranks import Job, free_port, run_ranks
+from ddp_circles.errors import UserError
+from ddp_circles.job.ranks import Ranks, read_ranks
+from ddp_circles.job.world import fingerprint, is_lost_peer, open_world, pin_threads
+from tests.harness.ranks import Job, free_port, run_ranks
 
 CPU = torch.device("cpu")
 
@@ -214,7 +215,7 @@ def test_restarts_between_nodes_need_a_store_of_their_own() -> None:
 
 
 THREADS_PROGRAM = """
-from ddp_circles.world import pin_threads
+from ddp_circles.job.world import pin_threads
 pin_threads(2)
 import os, torch
 print(torch.get_num_threads(), *(os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")))
@@ -245,7 +246,7 @@ def test_threads_are_pinned_after_torch_is_imported_too() -> None:
 
 def refuse_on_one(rank: int) -> str:
     """The device of one rank is missing; each rank says why it was refused."""
-    from ddp_circles import devices
+    from ddp_circles.job import devices
 
     ranks = read_ranks()
     fakes = {"is_available": lambda: ranks.rank != rank, "device_count": lambda: 1, "set_device": lambda _: None}

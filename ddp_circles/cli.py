@@ -1,0 +1,67 @@
+"""What the command lines share: a parse that only rank 0 speaks about, one message for a mistake, exit codes."""
+
+import io
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from typing import TypeVar
+
+import tyro
+
+from ddp_circles.errors import EXIT_BAD_INPUT, UserError
+from ddp_circles.job.ranks import Ranks, read_ranks
+from ddp_circles.job.stop import stop_requested
+
+RANK_0_SPEAKS_SECONDS = 5.0
+"""How long the other ranks wait before they leave over a user's mistake, so that rank 0's message is not cut off."""
+
+T = TypeVar("T")
+
+
+def parse(form: type[T], arguments: list[str], *, program: str, default: T | None = None, quiet: bool = False) -> T:
+    """Read `arguments` into the dataclass `form`; help and mistakes end in `SystemExit`, without a word if `quiet`."""
+    silence = io.StringIO()
+    with redirect_stdout(silence) if quiet else nullcontext(), redirect_stderr(silence) if quiet else nullcontext():
+        return tyro.cli(form, args=arguments, prog=f"python -m {program}", default=default or tyro.MISSING_NONPROP)
+
+
+def run(command: Callable[[Ranks], int]) -> int:
+    """Call `command` with this process's ranks; returns the exit code."""
+    ranks = Ranks()
+    try:
+        ranks = read_ranks()
+        return command(ranks)
+    except UserError as error:
+        return refuse(ranks, error)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_BAD_INPUT and not ranks.is_main:
+            _let_rank_0_speak()
+        raise
+    except Exception:
+        if ranks.launcher != "torchrun":  # there the agent prints what `record` noted, labelled with the rank
+            print_traceback(ranks)
+        return 1
+
+
+def refuse(ranks: Ranks, error: UserError) -> int:
+    """Say a user's mistake once, from rank 0; returns the exit code for it."""
+    if ranks.is_main:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        _let_rank_0_speak()
+    return EXIT_BAD_INPUT
+
+
+def print_traceback(ranks: Ranks) -> None:
+    """Print the traceback of the exception being handled, each line labelled with the rank if there are several."""
+    label = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
+    lines = traceback.format_exc().splitlines(keepends=True)
+    print("".join(label + line for line in lines), file=sys.stderr, flush=True)
+
+
+def _let_rank_0_speak() -> None:
+    deadline = time.monotonic() + RANK_0_SPEAKS_SECONDS
+    while time.monotonic() < deadline and not stop_requested():
+        time.sleep(0.05)

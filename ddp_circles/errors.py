@@ -1,0 +1,17 @@
+"""What ends a training before its time, and the exit codes of the command lines."""
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75
+"""Stopped by request, after a checkpoint."""
+
+
+class UserError(ValueError):
+    """A mistake that the user can put right: one clear message, exit code 2, no traceback."""
+
+
+class OutOfRangeError(ArithmeticError):
+    """A gradient or a loss that is not finite, or too large for the exact sums; raised on all ranks alike."""
+
+
+class StopRequestedError(Exception):
+    """All ranks agreed to stop here, and what was done so far is saved."""

@@ -1,0 +1,56 @@
+"""Plain DistributedDataParallel: the fastest sums, and no promise about their last bits."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ddp_circles.exact import Pass
+from ddp_circles.job.world import World
+from ddp_circles.metrics import LocalTally
+
+AGREES_EVERY = 32
+"""Steps between two agreements of the ranks."""
+
+
+class FastReducer:
+    """Plain DDP: one micro-batch per rank, the backend's own all-reduce, no promise about the last bits.
+
+    The ranks agree on metrics and stop requests every `AGREES_EVERY` steps and after an epoch's last. `replica`:
+    the DDP wrapper; in a world of one the bare module.
+    """
+
+    def __init__(
+        self,
+        replica: nn.Module,
+        *,
+        world: World,
+        tally: LocalTally,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self.streams = world.ranks.world_size
+        self._parameters = [parameter for parameter in replica.parameters() if parameter.requires_grad]
+        self._pass: Pass = (replica, nullcontext())
+        self._world = world
+        self._tally = tally
+        self._stop_requested = stop_requested
+        self._flag = torch.tensor([[0], [1]], device=world.device)
+
+    def passes(self, count: int) -> list[Pass]:
+        """See `loop.Reducer`."""
+        return [self._pass] * count
+
+    def weight(self, samples: int) -> float:
+        """See `loop.Reducer`: DDP averages over ranks; the result is the mean over samples even for unequal shards."""
+        return self.streams / samples
+
+    def agreed(self, step: int, *, last: bool) -> Tensor | None:
+        """See `loop.Reducer`."""
+        if not last and (step + 1) % AGREES_EVERY:
+            return None
+        sums = self._tally.take(self.streams * AGREES_EVERY)
+        # What an earlier step spoiled shows in the losses by now; this step's update may be about to be saved.
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        sums[2] += torch.stack([gradient.isfinite().all() for gradient in gradients]).logical_not().sum()
+        return self._world.sum(torch.cat([sums, self._flag[int(self._stop_requested())]]))

@@ -1,0 +1,1 @@
+"""A finished run to logits, probabilities and labels."""

@@ -1,0 +1,92 @@
+"""Faults on request, to rehearse what a cluster does to a run. Imports no torch by itself."""
+
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from ddp_circles.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+KINDS = ("kill", "raise", "stall", "nan")
+"""What can happen to a training; `ddp_circles.verify` rehearses `kill`, `stall` and others of its own."""
+
+
+class InjectedFaultError(RuntimeError):
+    """Raised by `--fault raise@RANK:STEP`."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planned fault: `kind` happens on `rank` in global step `step`."""
+
+    kind: str
+    rank: int
+    step: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        """Read `KIND@RANK:STEP`; raises `UserError` for anything else."""
+        match = re.fullmatch(r"(\w+)@(\d+):(\d+)", text)
+        if match is None or match[1] not in KINDS:
+            raise UserError(f"--fault must be KIND@RANK:STEP with KIND one of {', '.join(KINDS)}, got {text!r}")
+        return cls(match[1], int(match[2]), int(match[3]))
+
+
+class Rehearsal:
+    """Makes `fault` happen in the training of `model` on this rank, once per run directory.
+
+    `marker`: the file in the run directory that remembers that it happened.
+    """
+
+    def __init__(self, fault: Fault, marker: Path, model: "nn.Module") -> None:
+        self._fault = fault
+        self._marker = marker
+        self._model = model
+
+    def reach(self, step: int) -> None:
+        """Let the fault happen if `step` is its step and it has not happened yet."""
+        kind = self._fault.kind
+        if step != self._fault.step or not _first_time(self._marker):
+            return
+        if kind == "raise":
+            raise InjectedFaultError(f"--fault asked for this in step {step}")
+        if kind == "nan":
+            spoil_next_gradient(self._model)
+        else:
+            strike(kind)
+
+
+def strike(kind: str) -> NoReturn:
+    """`kill` this process, or `stall` it for ever."""
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        time.sleep(3600)
+
+
+def spoil_next_gradient(model: "nn.Module") -> None:
+    """Make one element of the first parameter's next gradient not a number."""
+
+    def spoil(gradient: "Tensor") -> "Tensor":
+        handle.remove()
+        spoiled = gradient.clone()
+        spoiled.view(-1)[0] = float("nan")
+        return spoiled
+
+    handle = next(model.parameters()).register_hook(spoil)
+
+
+def _first_time(marker: Path) -> bool:
+    try:
+        descriptor = os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return True

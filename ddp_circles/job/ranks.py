@@ -1,0 +1,178 @@
+"""From the launcher's environment to ranks. The only module that reads launcher variables; imports no torch."""
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddp_circles.errors import UserError
+
+LAUNCH_VARIABLE = "DDP_CIRCLES_START"
+"""Set by launchers that start the ranks again by themselves: names the launch through all of that."""
+
+_parents: dict[int, int] = {}
+
+
+def parent_at_start() -> int:
+    """The process that started this one, as it was when this was first called here: it may be gone by now."""
+    return _parents.setdefault(os.getpid(), os.getppid())
+
+
+def set_thread_variables(threads: int) -> None:
+    """Make the math libraries use `threads` CPU threads; they read the variables when torch is imported."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among all processes of the job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    nodes: int = 1
+    launcher: str = "one process"
+    """`torchrun`, `srun` or `one process`."""
+    job_id: str | None = None
+    """The launcher's name of the run, the same after a restart or requeue; None where it has none."""
+    restarts: int = 0
+    """How often torchrun has restarted the workers."""
+    launch: str | None = None
+    """The launcher's name of this launch, the same after a requeue or retry; None where it does neither."""
+    store_address: tuple[str, int] | None = None
+    """Where the ranks meet; None for one process."""
+    store_is_the_agents: bool = False
+    """Whether torchrun's agent holds the store, so that it outlives the workers."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is global rank 0, the one that speaks and writes."""
+        return self.rank == 0
+
+    @property
+    def serves_store(self) -> bool:
+        """Whether the ranks' store lives in this process."""
+        return self.rank == 0 and self.store_address is not None and not self.store_is_the_agents
+
+    @property
+    def launched(self) -> bool:
+        """Whether a launcher started this process and looks after it."""
+        return self.launcher != "one process"
+
+
+def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Find this process's ranks: torchrun's variables first, then the Slurm step's, then one process.
+
+    Raises `UserError` where the variables contradict each other.
+    """
+    if "RANK" in environment:
+        return _torchrun_ranks(environment)
+    if "WORLD_SIZE" in environment and environment.get("SLURM_STEP_NUM_TASKS") != environment["WORLD_SIZE"]:
+        raise UserError("WORLD_SIZE is set without RANK: start with torchrun or srun, or unset WORLD_SIZE")
+    job_id = environment.get("SLURM_JOB_ID")
+    if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
+        return _slurm_ranks(environment)
+    return Ranks(job_id=job_id)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, "" if default is None else str(default))
+    if not text.isdigit():
+        raise UserError(f"{name} must be a whole number beside the launcher's other variables, got {text!r}")
+    return int(text)
+
+
+def _checked(ranks: Ranks) -> Ranks:
+    if not (0 <= ranks.rank < ranks.world_size and 0 <= ranks.local_rank < ranks.local_world_size <= ranks.world_size):
+        raise UserError(
+            f"{ranks.launcher}'s variables contradict each other: rank {ranks.rank} of {ranks.world_size}, "
+            f"local rank {ranks.local_rank} of {ranks.local_world_size}"
+        )
+    return ranks
+
+
+def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    return _checked(
+        Ranks(
+            rank=_number(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK", _number(environment, "RANK")),
+            local_world_size=_number(environment, "LOCAL_WORLD_SIZE", _number(environment, "WORLD_SIZE")),
+            nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
+            launcher="torchrun",
+            job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
+            restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+            launch=environment.get(LAUNCH_VARIABLE),
+            store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
+            store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+    )
+
+
+def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
+    world_size = _number(environment, "SLURM_STEP_NUM_TASKS")
+    nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
+    host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""), nodes)
+    port = _number(environment, "MASTER_PORT", 20000 + (job * 16 + step) % 20000)
+    return _checked(
+        Ranks(
+            rank=_number(environment, "SLURM_PROCID"),
+            world_size=world_size,
+            local_rank=_number(environment, "SLURM_LOCALID"),
+            local_world_size=_tasks_here(environment, world_size),
+            nodes=nodes,
+            launcher="srun",
+            job_id=environment["SLURM_JOB_ID"],
+            launch=environment.get(LAUNCH_VARIABLE),
+            store_address=(host, port) if world_size > 1 else None,
+        )
+    )
+
+
+def _tasks_here(environment: Mapping[str, str], world_size: int) -> int:
+    """How many of the step's tasks run on this node; Slurm writes 2, 2, 2 and 1 on four nodes as `2(x3),1`."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size))
+    node = _number(environment, "SLURM_NODEID", 0)
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        counts += [int(match[1])] * int(match[2] or 1) if match else []
+    if node >= len(counts) or sum(counts) != world_size:
+        raise UserError(
+            f"srun's variables contradict each other: SLURM_STEP_NUM_TASKS is {world_size}, SLURM_NODEID {node}, "
+            f"SLURM_STEP_TASKS_PER_NODE {text!r}"
+        )
+    return counts[node]
+
+
+def _first_host(node_list: str, nodes: int) -> str:
+    if nodes == 1:
+        return "127.0.0.1"
+    try:
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"cannot tell the first node of {node_list!r}: set MASTER_ADDR in the job ({error})") from None
+    return names.stdout.split()[0]
+
+
+def continuing_command(ranks: Ranks, words: list[str], run_dir: Path) -> str:
+    """The whole command that continues the run in `run_dir`, started by a process whose command line is `words`."""
+    if ranks.launcher == "torchrun":
+        nodes = f"--nnodes={ranks.nodes} " if ranks.nodes > 1 else ""
+        arguments = [word for word in words[1:] if word != "-u"]
+        command = f"torchrun {nodes}--nproc_per_node={ranks.local_world_size} {shlex.join(arguments)}"
+    else:
+        command = shlex.join(words)
+    if any(word.removeprefix("--resume=") == "never" for word in words):
+        command += " --resume auto"  # the later flag counts
+    given = any(word.split("=")[0] in ("--run-dir", "--run_dir") for word in words)
+    return command if given else f"{command} --run-dir {shlex.quote(str(run_dir))}"

@@ -1,0 +1,54 @@
+"""Stop requests: SIGTERM, SIGINT or SIGUSR1 set a flag that the training looks at. Imports no torch."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGUSR1; a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._requested
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over the three signals; to be entered before slow imports, in which a signal would be lost.
+
+        Handlers belong to the process's main thread: elsewhere this changes nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if self._set not in before.values():  # the outermost: a later training in this process starts afresh
+                self._requested = False
+
+    @staticmethod
+    def ignore() -> None:
+        """Let no late signal change the exit code of a process that is leaving."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _set(self, number: int, _frame: FrameType | None) -> None:
+        if self._requested and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        self._requested = True
+
+
+stop_requested = StopRequest()
+"""The process's own: signals know no finer scope."""

@@ -1,0 +1,207 @@
+"""From ranks to a process group and back out of it. The only module that creates or destroys a process group."""
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+
+from ddp_circles.errors import UserError
+from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
+from ddp_circles.job.ranks import Ranks, set_thread_variables
+
+SHARED_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+HEARING_SECONDS = 5.0
+"""How long the rank that serves the store stays, so that the others can read why the job is refused."""
+
+T = TypeVar("T")
+
+_world_numbers = itertools.count()
+_stores: dict[tuple[str, int], Store] = {}
+"""Kept open for the life of the process: others may be in the next world before the rank that serves the store."""
+
+
+def pin_threads(threads: int) -> None:
+    """Use `threads` CPU threads in this rank, however it was started."""
+    set_thread_variables(threads)
+    torch.set_num_threads(threads)
+
+
+def _agree_on_device(store: Store, ranks: Ranks, device: str, backend: str) -> tuple[torch.device, str]:
+    """This rank's device and backend, once rank 0 has seen that those of all ranks go together.
+
+    Raises the same `UserError` on all ranks where they do not.
+    """
+    host, chosen = socket.gethostname(), None
+    try:
+        chosen = choose_device(device, backend, ranks.local_rank)
+        if chosen[0].type == "cuda":
+            torch.cuda.set_device(chosen[0])
+        place = Place(host, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
+    except (UserError, RuntimeError) as error:  # the latter from a GPU that is there and does not work
+        place = Place(host, refusal=str(error))
+    store.set(f"place/{ranks.rank}", json.dumps(place))
+    if ranks.is_main:
+        places = [Place(*json.loads(store.get(f"place/{rank}"))) for rank in range(ranks.world_size)]
+        store.set("refusal", why_not_together(places))
+    refusal = store.get("refusal").decode()
+    if refusal or chosen is None:
+        store.set(f"heard/{ranks.rank}", "")
+        if ranks.serves_store:
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"heard/{rank}" for rank in range(ranks.world_size)], timedelta(seconds=HEARING_SECONDS))
+        raise UserError(refusal)
+    return chosen
+
+
+class World:
+    """An open process group: the ranks, their device, their store, and the collectives the package needs."""
+
+    def __init__(
+        self, ranks: Ranks, device: torch.device, backend: str, store: Store, timeout: float, number: int
+    ) -> None:
+        self.ranks = ranks
+        self.device = device
+        self.backend = backend
+        self.store = store
+        """Where the ranks of this start meet."""
+        self.timeout = timeout
+        """Seconds that a collective may take."""
+        self.number = number
+        """How many worlds this process had opened before, as the other ranks had."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for a sum on the device: at `timeout` NCCL ends the process without a word."""
+        return 0.9 * self.timeout
+
+    def describe(self) -> str:
+        """One phrase for the log: how many ranks, who started them, what they compute on."""
+        ranks = self.ranks
+        count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+        nodes = f" on {ranks.nodes} nodes" if ranks.nodes > 1 else ""
+        return f"{count}{nodes} ({ranks.launcher}), {self.device.type}, {self.backend}"
+
+    def agree_on_first(self, word: str) -> str:
+        """Of all words given in this world, and before a restart of the workers in the same one, the first."""
+        lasting = getattr(self.store, "underlying_store", self.store)
+        return lasting.compare_set(f"ddp_circles/first word {self.number}", "", word).decode()
+
+    def sum(self, integers: Tensor) -> Tensor:
+        """Add up `integers` over all ranks, in place; the sum of int64 has the same bits in any order."""
+        if self.ranks.world_size > 1:
+            dist.all_reduce(integers)
+        return integers
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of ranks, on every rank."""
+        box: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(box, value)
+        return box
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns here; where it is refused on any rank, all ranks raise the same `UserError`."""
+        done: list[T] = []
+        refusal = ""
+        try:
+            done.append(action())
+        except UserError as error:
+            refusal = str(error)
+        if refusal := first_refusal(self.gather((socket.gethostname(), refusal))):
+            raise UserError(refusal)
+        return done[0]
+
+
+@contextmanager
+def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> Iterator[World]:
+    """Join the process group of all ranks, and leave it whatever happens.
+
+    `device` and `backend` as in the configuration. `timeout`: seconds that a collective may take. A world of one is a
+    world too. Raises `ConnectionError` if the ranks do not find each other, and the same `UserError` on all ranks if
+    they would look for each other at stale addresses, or if their devices do not go together.
+    """
+    card = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    number = next(_world_numbers)
+    try:
+        store = _open_store(ranks, timedelta(seconds=timeout), number)
+        own, chosen = _agree_on_device(store, ranks, device, backend)
+        card = "NCCL_SOCKET_IFNAME" if chosen == "nccl" else "GLOO_SOCKET_IFNAME"
+        if ranks.nodes == 1 and chosen == "gloo":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            chosen,
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=own if own.type == "cuda" else None,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ConnectionError(
+            f"rank {ranks.rank} did not find the other {ranks.world_size - 1} ranks at {ranks.store_address}: {error}\n"
+            f"If the nodes have several network cards, name the one they share in {card}."
+        ) from error
+    try:
+        yield World(ranks, own, chosen, store, timeout, number)
+    finally:
+        dist.destroy_process_group()
+
+
+def _open_store(ranks: Ranks, timeout: timedelta, number: int) -> Store:
+    """The store in which the ranks meet: a name space of its own for each restart, and for each world of a process."""
+    if ranks.store_address is None:
+        return HashStore()
+    store = _stores[ranks.store_address] = _stores.get(ranks.store_address) or _connect(ranks, timeout)
+    # An agent's store outlives the workers. Any other is new at each start, and then the nodes' counts may differ.
+    return PrefixStore(f"start {ranks.restarts if ranks.store_is_the_agents else 0} world {number}", store)
+
+
+def _connect(ranks: Ranks, timeout: timedelta) -> Store:
+    assert ranks.store_address is not None
+    if ranks.restarts and ranks.nodes > 1 and ranks.store_is_the_agents:
+        raise UserError(
+            f"restarts between nodes need {SHARED_STORE_VARIABLE}=1 in the environment of every torchrun: "
+            "without it the ranks meet at stale addresses (launch/multi_node.sh sets it)"
+        )
+    host, port = ranks.store_address
+    if ranks.store_is_the_agents:
+        # It stood before this process began: if nobody answers, the launcher is gone, and waiting is in vain.
+        socket.create_connection((host, port), timeout.total_seconds()).close()
+    serves = ranks.serves_store
+    return TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` says that a collective failed because another rank is gone or silent."""
+    if isinstance(error, BrokenPipeError):  # who read what is printed here has left, and no rank
+        return False
+    if isinstance(error, (dist.DistError, ConnectionError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo/transport", "Gloo", "NCCL"))
+
+
+def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
+    """What the bits of a result depend on besides the configuration; equal on ranks that compute alike."""
+    on_cuda = device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "instruction_set": "" if on_cuda else torch.backends.cpu.get_cpu_capability(),
+        "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
+        "threads": str(threads),
+    }

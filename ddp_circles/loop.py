@@ -1,0 +1,242 @@
+"""The training and test loop, and nothing but the loop.
+
+for each epoch:
+    for each step:                      # positions [kB, (k+1)B) of the epoch's order
+        zero the gradients
+        for each micro-batch of this rank:
+            forward pass, loss, backward
+        step the optimizer
+        agree on loss, accuracy and stop requests
+    evaluate on the test set
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddp_circles.data import Dataset
+from ddp_circles.errors import OutOfRangeError, StopRequestedError
+from ddp_circles.exact import Pass
+from ddp_circles.job.world import World
+from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
+from ddp_circles.sharding import Sharding, TensorSampler
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+EVALUATION_BATCH = 65536
+"""Test samples between two agreements of the ranks, at the most."""
+
+
+class Step(NamedTuple):
+    """One step as a rank sees it."""
+
+    number: int
+    """Global step, counted from 0 over the whole run."""
+    weight: Tensor
+    """What a summed loss is multiplied by, so that the reducer's sum is the step's mean; a float32 scalar."""
+    micro_batches: list[tuple[Tensor, Tensor, nn.Module, AbstractContextManager[object]]]
+    """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks."""
+
+
+class Reducer(Protocol):
+    """Sums gradients and metrics over all ranks, behind the loop's back."""
+
+    @property
+    def streams(self) -> int:
+        """Into how many micro-batches each step is cut, over all ranks."""
+
+    def passes(self, count: int) -> Sequence[Pass]:
+        """How this rank runs the `count` micro-batches of one step; the last one sums over all ranks."""
+
+    def weight(self, samples: int) -> float:
+        """What a micro-batch's summed loss is multiplied by, in a step of `samples` over all ranks."""
+
+    def agreed(self, step: int, *, last: bool) -> Tensor | None:
+        """Loss units, right answers, values out of range and stop requests of all ranks since the last agreement.
+
+        int64 of shape [4], or None after a step at which the ranks do not agree. `last`: the epoch's last step.
+        """
+
+
+class Events(Protocol):
+    """What happens around the loop, on every rank."""
+
+    def before_step(self, step: int) -> None:
+        """Act before global step `step`: heartbeats, planned faults."""
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+
+    def save_due(self, steps_done: int) -> bool:
+        """Whether it is time for a checkpoint."""
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint."""
+
+    def phase(self, name: str, progress: Progress) -> None:
+        """`train` or `evaluate` begins."""
+
+    def epoch_done(self, progress: Progress, test: Tally) -> None:
+        """An epoch is trained and evaluated."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the loop works on.
+
+    `model` is the bare module; `reducer` may wrap it. `batch_size` is global, 0 for the full batch.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    loss: LossFunction
+    reducer: Reducer
+    tally: LocalTally
+    world: World
+    train_set: Dataset
+    test_set: Dataset
+    batch_size: int
+    seed: int
+    events: Events
+
+    def sharding(self, samples: int, batch_size: int) -> Sharding:
+        """How `samples` are cut up for the ranks of this world."""
+        ranks = self.world.ranks
+        return Sharding(
+            samples, min(batch_size or samples, samples), self.reducer.streams, ranks.rank, ranks.world_size
+        )
+
+
+def train(training: Training, *, epochs: int, progress: Progress) -> None:
+    """Train and evaluate until `epochs` epochs are done, starting from `progress`.
+
+    Raises `OutOfRangeError` and `StopRequestedError` on all ranks alike.
+    """
+    test_sharding = training.sharding(len(training.test_set.inputs), EVALUATION_BATCH)
+    test_streams = streams_of(training.test_set, None, test_sharding)
+    while progress.epoch < epochs:
+        training.events.phase("train", progress)
+        train_epoch(training, progress)
+        training.events.phase("evaluate", progress)
+        test = evaluate(training, progress, test_sharding, test_streams)
+        training.events.epoch_done(progress, test)
+        progress.epoch, progress.step, progress.train = progress.epoch + 1, 0, Tally()
+
+
+def train_epoch(training: Training, progress: Progress) -> None:
+    """Take the steps of one epoch that are still to do."""
+    loss_function, optimizer, tally = training.loss, training.optimizer, training.tally
+    training.model.train()
+    for step in agreeing_steps(training, progress):
+        optimizer.zero_grad()  # 3. zero the gradients
+        for inputs, targets, model, context in step.micro_batches:
+            with context:
+                logits = model(inputs)  # 1. forward pass
+                loss = loss_function(logits, targets)  # 2. loss, and what accuracy needs
+                tally.add(loss, logits, targets)
+                loss.backward(step.weight)  # 4. backward, of the step's mean loss; the last one sums over all ranks
+        optimizer.step()  # 5. step: the same on every rank
+
+
+@torch.inference_mode()
+def evaluate(training: Training, progress: Progress, sharding: Sharding, streams: dict[int, Dataset]) -> Tally:
+    """Loss and accuracy on the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
+    model, tally, total = training.model, training.tally, Tally()
+    stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
+    reader = SumsReader(delay=0, seconds=training.world.patience)
+    model.eval()
+    for step in range(sharding.steps):
+        for stream in sharding.owned():
+            inputs, targets = _slice(streams[stream], sharding.bounds(step, stream))
+            logits = model(inputs)
+            tally.add(training.loss(logits, targets), logits, targets)
+        local = torch.cat([tally.take(sharding.streams), stop_flag.fill_(training.events.stop_requested())])
+        reader.post(step, sharding.seen(step + 1), training.world.sum(local))
+        (sums,) = reader.read()
+        _add(total, sums, f"in the evaluation after epoch {progress.epoch}")
+        if sums.stop_requests:
+            training.events.save(progress)
+            raise StopRequestedError
+    return total
+
+
+def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
+    """The epoch's remaining steps; after each, take in what the ranks agreed on, and save or stop if that is due."""
+    sharding = training.sharding(len(training.train_set.inputs), training.batch_size)
+    reader = SumsReader(delay=1 if training.world.device.type == "cuda" else 0, seconds=training.world.patience)
+    steps = sharding.steps
+    for step in local_steps(training, progress, sharding):
+        training.events.before_step(step.number)
+        yield step
+        progress.step += 1
+        last = progress.step == steps
+        sums = training.reducer.agreed(progress.step - 1, last=last)
+        if sums is None:
+            continue
+        reader.post(step.number, sharding.seen(progress.step), sums)
+        stop = False
+        for due in reader.read(everything=last):
+            _add(progress.train, due, f"in step {due.step}")
+            stop = stop or due.stop_requests > 0
+        # What is read late is waited for only here: a diverged step must not be saved.
+        if (stop or training.events.save_due(step.number + 1)) and not any(late.out_of_range for late in reader.peek()):
+            training.events.save(_settled(progress, reader))
+        if stop:
+            raise StopRequestedError
+
+
+def local_steps(training: Training, progress: Progress, sharding: Sharding) -> Iterator[Step]:
+    """This rank's share of the epoch's remaining steps; the samples are put in order once per epoch."""
+    sampler = TensorSampler(sharding.samples, seed=training.seed)
+    streams = streams_of(training.train_set, sampler.order(progress.epoch), sharding)
+    nothing = _slice(training.train_set, (0, 0))
+    steps, device = sharding.steps, training.world.device
+    weight, last_weight = (
+        torch.tensor(training.reducer.weight(sharding.step_size(step)), device=device) for step in (0, steps - 1)
+    )
+    for step in range(progress.step, steps):
+        bounds = [(samples, sharding.bounds(step, stream)) for stream, samples in streams.items()]
+        shares = [_slice(samples, (start, stop)) for samples, (start, stop) in bounds if start < stop] or [nothing]
+        passes = training.reducer.passes(len(shares))
+        yield Step(
+            number=progress.epoch * steps + step,
+            weight=weight if step < steps - 1 else last_weight,
+            micro_batches=[(*share, *how) for share, how in zip(shares, passes, strict=True)],
+        )
+
+
+def streams_of(samples: Dataset, order: Tensor | None, sharding: Sharding) -> dict[int, Dataset]:
+    """The samples of each stream this rank owns, contiguous and in `order` (None: as they are)."""
+    inputs, targets = samples
+    if order is None:
+        order = torch.arange(len(inputs))
+    shares = {stream: order[stream :: sharding.streams].to(inputs.device) for stream in sharding.owned()}
+    return {stream: Dataset(inputs[share], targets[share]) for stream, share in shares.items()}
+
+
+def _slice(samples: Dataset, bounds: tuple[int, int]) -> Dataset:
+    start, stop = bounds
+    return Dataset(samples.inputs[start:stop], samples.targets[start:stop])
+
+
+def _settled(progress: Progress, reader: SumsReader) -> Progress:
+    """`progress` with what the ranks agreed on but have not acted on yet, as a checkpoint must hold it."""
+    settled = replace(progress, train=replace(progress.train))
+    for pending in reader.peek():
+        _add(settled.train, pending, f"in step {pending.step}")
+    return settled
+
+
+def _add(tally: Tally, sums: Sums, where: str) -> None:
+    if sums.out_of_range:
+        raise OutOfRangeError(
+            f"{where}, gradients or losses were not finite or too large for the exact sums: "
+            "the training diverged; try a smaller --lr"
+        )
+    tally.loss_units += sums.loss_units
+    tally.correct += sums.correct
+    tally.count = sums.seen

@@ -1,0 +1,85 @@
+"""Checkpoints: saved atomically, checked when loaded, the newest good one found."""
+
+import contextlib
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_circles.errors import UserError
+from ddp_circles.records.files import sweep, write_atomically
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+KEEP = 3
+
+State = dict[str, Any]
+"""Tensors and plain values: model, optimizer, progress, configuration, fingerprint, tracking id."""
+
+
+def encode(state: State) -> bytes:
+    """`state` as the bytes of a checkpoint file: a SHA-256 digest, then what `torch.save` writes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getvalue()
+    return hashlib.sha256(body).digest() + body
+
+
+def decode(content: bytes) -> State:
+    """The state in a checkpoint file's bytes; `ValueError` for damage and for anything but tensors and plain values."""
+    digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError("its checksum does not match: it is cut short or damaged")
+    try:
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception:  # what unpickling a stranger's bytes raises is not bounded
+        raise ValueError("it holds something other than tensors and plain values") from None
+    if not isinstance(state, dict):
+        raise ValueError("it is not a checkpoint of this package")  # noqa: TRY004 - damage, not a wrong call
+    return state
+
+
+class Checkpoints:
+    """The last few checkpoints of a run, one file each, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def files(self) -> list[Path]:
+        """The checkpoint files, newest first."""
+        return sorted(self.folder.glob("step-*.checkpoint"), reverse=True)
+
+    def save(self, state: State, step: int) -> Path:
+        """Write `state` after `step` global steps and drop the oldest files; raises `OSError`, the others intact."""
+        path = self.folder / f"step-{step:012d}.checkpoint"
+        write_atomically(path, encode(state))
+        for old in self.files()[KEEP:]:
+            with contextlib.suppress(OSError):  # it harms nothing, and the next save tries again
+                old.unlink()
+        return path
+
+    def load_newest(self) -> tuple[bytes, list[str]]:
+        """The newest good checkpoint's bytes (empty where there is none), and a warning for each one passed over.
+
+        Raises `UserError` if there are checkpoints and all are damaged.
+        """
+        warnings = []
+        for path in self.files():
+            try:
+                content = path.read_bytes()
+                decode(content)
+            except (OSError, ValueError) as error:
+                warnings.append(f"checkpoint {path} is passed over: {error}")
+            else:
+                return content, warnings
+        if warnings:
+            raise UserError(
+                "; ".join(warnings) + "; no good checkpoint is left. Start over with another --run-dir, "
+                "or in this one with --resume never"
+            )
+        return b"", []
+
+    def sweep(self) -> None:
+        """Remove what a killed write left behind."""
+        sweep(self.folder)

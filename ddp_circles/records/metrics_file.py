@@ -1,0 +1,99 @@
+"""The metrics file: one line per epoch, each epoch once, whatever was killed and resumed in between."""
+
+import contextlib
+import errno
+import json
+import os
+from pathlib import Path
+
+from ddp_circles.records.files import write_atomically
+from ddp_circles.terminal import warn
+
+Row = dict[str, float | int]
+"""One epoch's line; its keys are those of metrics.jsonl."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a metrics file by epoch, without a torn last one; empty where there is no file."""
+    return list(_rows_by_epoch(path).values())
+
+
+def _rows_by_epoch(path: Path) -> dict[int, Row]:
+    try:
+        whole_lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return {}
+    rows: dict[int, Row] = {}
+    for line in whole_lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # damage: the epoch is missing, the others are not
+            row: Row = json.loads(line)
+            rows[int(row["epoch"])] = row
+    return rows
+
+
+def _as_line(message: object) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+class MetricsFile:
+    """The metrics file: one JSON object per epoch, each epoch once.
+
+    Opening it drops the lines of `keep_below_epoch` and later, which the run will log again; raises `OSError`. A line
+    that cannot be written, as on a full disk, is a warning, and is tried again with the next one.
+    """
+
+    def __init__(self, path: Path, keep_below_epoch: int) -> None:
+        self.path = path
+        for leftover in path.parent.glob(f".{path.name}.*"):  # of a start that was killed while it did the same
+            leftover.unlink()
+        kept = b"".join(_as_line(row) for epoch, row in _rows_by_epoch(path).items() if epoch < keep_below_epoch)
+        if not path.exists() or path.read_bytes() != kept:
+            write_atomically(path, kept)
+        self._file: int | None = os.open(path, os.O_WRONLY)
+        self._durable = len(kept)
+        self._tail = bytearray()
+        """Whole lines that belong behind the durable bytes; the first `_written` bytes of them are in the file."""
+        self._written = 0
+
+    def log(self, row: Row) -> None:
+        """Append one line in a single write."""
+        self._tail += _as_line(row)
+        try:
+            self._write()
+        except OSError as error:
+            warn(f"epoch {row['epoch']} is not in {self.path} yet: {error.strerror}; it will be tried again")
+
+    def flush(self) -> None:
+        """Put every line logged so far on the disk; raises `OSError` if one of them cannot be."""
+        if self._file is None:
+            return
+        try:
+            self._write()
+            os.fsync(self._file)
+        except OSError as error:
+            self._written = 0  # after a failed fsync nobody knows which bytes were kept: write them all again
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self._durable += len(self._tail)
+        self._tail.clear()
+        self._written = 0
+
+    def close(self) -> None:
+        """Flush as far as possible and close the file."""
+        if self._file is None:
+            return
+        try:
+            self.flush()
+        except OSError as error:
+            warn(f"{self.path} lacks the last epochs: {error.strerror}")
+        os.close(self._file)
+        self._file = None
+
+    def _write(self) -> None:
+        if self._file is None or self._written == len(self._tail):
+            return
+        start = self._durable + self._written
+        written = os.pwrite(self._file, self._tail[self._written :], start)
+        if written < len(self._tail) - self._written:
+            os.ftruncate(self._file, start)
+            raise OSError(errno.ENOSPC, "no space left for a whole line")
+        self._written = len(self._tail)

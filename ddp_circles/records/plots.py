@@ -1,0 +1,267 @@
+"""Pictures of a run: the decision boundary, train beside test, and the learning curves.
+
+Every picture is a PNG file with the same bytes for the same figures, whatever the user's matplotlib settings.
+"""
+
+import copy
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import RcKeyType
+from torch import Tensor, nn
+
+from ddp_circles.data import Dataset, Split
+from ddp_circles.models import correct_count, probabilities_of
+from ddp_circles.records.files import write_atomically
+from ddp_circles.records.metrics_file import read_rows
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#7A1F3D", "#56B4E9", "#D55E00", "#F0E442", "#333333")
+"""Told apart with any kind of colour vision: Okabe and Ito's, but a darker purple, which is farther from the green."""
+MARKERS = ("o", "^", "s", "D", "v", "P", "X", "p", "*")
+INK = "#222222"
+LEGEND_COLUMNS = 6
+POINTS_SHOWN = 1500
+"""Points drawn of each part, at the most."""
+GRID = 400
+"""Places along the longer side of the plane at which the model is asked."""
+BATCH = 16384
+"""Samples the model is asked about at once."""
+
+STYLE: dict[RcKeyType, Any] = {
+    "font.size": 12.0,
+    "axes.titlesize": 13.0,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9.0,
+    "axes.edgecolor": "#888888",
+    "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "lines.linewidth": 2.0,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.w_pad": 0.08,
+    "figure.constrained_layout.h_pad": 0.08,
+}
+
+
+def draw_run(model: nn.Module, split: Split, *, metrics: Path, folder: Path) -> None:
+    """Draw the learning curves of a run into `folder` and, for points in the plane, the decision boundary."""
+    folder.mkdir(exist_ok=True)
+    draw_curves(read_rows(metrics), folder / "curves.png")
+    if split.train.inputs.shape[1:] == (2,):
+        on_cpu = Split(*(Dataset(*(part.cpu() for part in samples)) for samples in split))
+        draw_decision_boundary(copy.deepcopy(model).cpu(), on_cpu, folder / "decision_boundary.png")
+
+
+def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
+    """Draw what `model` answers everywhere in the plane, under the training points and under the test points.
+
+    `model` maps float32 [n, 2] to logits, [n] for two classes or [n, classes]; it and `split` are on the same device,
+    and it is left in the mode it came in. Each place has the colour of its class, the paler the less sure the model is.
+    The accuracies are of all points; of many points an even share, the same each time, is drawn. Raises `OSError` if
+    `path` cannot be written. Source: the tutorial's `plot_decision_boundary`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(), _style():
+            figure = _boundary_figure(model, split)
+            _save(figure, path)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def draw_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw loss and accuracy by epoch, training and test, from the rows of metrics.jsonl.
+
+    Raises `OSError` if `path` cannot be written.
+    """
+    with _style():
+        figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+        losses, accuracies = figure.subplots(1, 2)
+        _curves(losses, metrics, "loss", scale=1)
+        losses.set(title="Loss", ylabel="Mean loss per sample")
+        _curves(accuracies, metrics, "accuracy", scale=100)
+        accuracies.set(title="Accuracy", ylabel="Right answers (%)")
+        _save(figure, path)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Draw in the style of this module, then put back the settings found."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        yield
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Store `figure` as PNG without the name of the program and the time, which would change the bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_atomically(path, content.getvalue())
+
+
+def _boundary_figure(model: nn.Module, split: Split) -> Figure:
+
+    (left, right), (bottom, top) = limits = _limits(split)
+    regions = _regions(model, limits, split.train.inputs)
+    text_lines = (max(len(samples.inputs) for samples in split) > POINTS_SHOWN) + len(regions) // LEGEND_COLUMNS
+    size = (10.2, 4.5 * (top - bottom) / (right - left) + 1.35 + 0.25 * text_lines)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, name, samples in zip(panels, ("Train", "Test"), split, strict=True):
+        _draw_regions(axes, regions, limits)
+        _draw_points(axes, samples, classes=len(regions))
+        axes.set_title(f"{name}: accuracy {_accuracy(model, samples):.2f}%{_share_shown(samples)}")
+        axes.set(xlabel="$x_1$", aspect="equal", xlim=limits[0], ylim=limits[1])
+        axes.label_outer()
+    panels[0].set_ylabel("$x_2$")
+    _add_legend(figure, classes=len(regions), boundary=len(np.unique(regions.argmax(axis=0))) > 1)
+    return figure
+
+
+def _limits(split: Split) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The part of the plane to show, the same for both panels: all points and a margin, neither side very short."""
+    points = torch.cat([samples.inputs for samples in split])
+    low, high = points.amin(dim=0).tolist(), points.amax(dim=0).tolist()
+    middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+    spans = [b - a for a, b in zip(low, high, strict=True)]
+    shortest = max(spans) / 2 or 1.0
+    half = [0.56 * max(span, shortest) for span in spans]
+    return (middle[0] - half[0], middle[0] + half[0]), (middle[1] - half[1], middle[1] + half[1])
+
+
+def _batches(inputs: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cat([ask(batch) for batch in inputs.split(BATCH)])
+
+
+def _accuracy(model: nn.Module, samples: Dataset) -> float:
+    """Right answers in percent."""
+    correct = sum(
+        int(correct_count(model(inputs), targets))
+        for inputs, targets in zip(samples.inputs.split(BATCH), samples.targets.split(BATCH), strict=True)
+    )
+    return correct / len(samples.inputs) * 100
+
+
+def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], like: Tensor) -> np.ndarray[Any, Any]:
+    """The probability of each class at each place of the plane; shape [classes, rows, columns]."""
+    spans = [high - low for low, high in limits]
+    counts = [max(2, round(GRID * span / max(spans))) for span in spans]
+    columns, rows = (
+        torch.linspace(low, high, count, device=like.device, dtype=like.dtype)
+        for (low, high), count in zip(limits, counts, strict=True)
+    )
+    places = torch.cartesian_prod(rows, columns).flip(1)
+    probabilities = _batches(places, lambda inputs: probabilities_of(model(inputs)))
+    if probabilities.ndim == 1:
+        probabilities = torch.stack([1 - probabilities, probabilities], dim=1)
+    return probabilities.T.reshape(-1, len(rows), len(columns)).cpu().numpy()
+
+
+def _draw_regions(axes: Axes, regions: np.ndarray[Any, Any], limits: tuple[tuple[float, float], ...]) -> None:
+
+    classes = len(regions)
+    palette = np.array([to_rgb(_colour(number)) for number in range(classes)])
+    sureness = (regions.max(axis=0) * classes - 1) / (classes - 1)
+    strength = (0.12 + 0.28 * sureness)[..., np.newaxis]
+    extent = (*limits[0], *limits[1])
+    picture = 1 - strength * (1 - palette[regions.argmax(axis=0)])
+    axes.imshow(np.clip(picture, 0, 1), extent=extent, origin="lower", interpolation="bilinear", aspect="auto")
+    for number in range(classes):
+        lead = regions[number] - np.delete(regions, number, axis=0).max(axis=0)
+        if lead.min() < 0 < lead.max():
+            axes.contour(lead, levels=[0], extent=extent, origin="lower", colors=INK, linewidths=1.4)
+
+
+def _draw_points(axes: Axes, samples: Dataset, *, classes: int) -> None:
+    shown = _subset(len(samples.inputs))
+    inputs, targets = samples.inputs[shown].cpu().numpy(), samples.targets[shown].cpu().numpy()
+    size = 36 if len(inputs) <= 250 else 24
+    for number in range(classes):
+        points = inputs[targets == number]
+        axes.scatter(
+            points[:, 0],
+            points[:, 1],
+            s=size,
+            color=_colour(number),
+            marker=_marker(number),
+            edgecolors="white",
+            linewidths=0.6,
+        )
+
+
+def _subset(count: int) -> torch.Tensor:
+    """Which of `count` points are drawn: all, or a random choice that is the same each time."""
+    if count <= POINTS_SHOWN:
+        return torch.arange(count)
+    chosen = np.random.default_rng(0).choice(count, POINTS_SHOWN, replace=False)
+    return torch.from_numpy(np.sort(chosen))
+
+
+def _share_shown(samples: Dataset) -> str:
+    count = len(samples.inputs)
+    return f"\n{POINTS_SHOWN:,} of {count:,} points shown" if count > POINTS_SHOWN else ""
+
+
+def _add_legend(figure: Figure, *, classes: int, boundary: bool) -> None:
+
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=_colour(number),
+            marker=_marker(number),
+            markersize=8,
+            linestyle="none",
+            label=f"class {number}",
+        )
+        for number in range(classes)
+    ]
+    if boundary:
+        handles.append(Line2D([], [], color=INK, linewidth=1.4, label="decision boundary"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), LEGEND_COLUMNS))
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _marker(number: int) -> str:
+    return MARKERS[number % len(MARKERS)]
+
+
+def _curves(axes: Axes, metrics: Sequence[Mapping[str, float]], figure: str, *, scale: float) -> None:
+    """Draw one figure of the rows by epoch, training and test, told apart by colour, stroke and marker."""
+    epochs = [row["epoch"] for row in metrics]
+    every = max(1, len(epochs) // 12)
+    for part, colour, stroke, marker, first in (
+        ("train", COLOURS[0], "-", "o", 0),
+        ("test", COLOURS[5], "--", "^", every // 2),
+    ):
+        values = [row[f"{part}/{figure}"] * scale for row in metrics]
+        axes.plot(epochs, values, color=colour, linestyle=stroke, marker=marker, markevery=(first, every), label=part)
+    if len(epochs) == 1:
+        axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
+    axes.set_xlabel("Epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=True)
+    axes.legend()

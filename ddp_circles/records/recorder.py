@@ -1,0 +1,212 @@
+"""What happens around the loop on a rank: heartbeats, planned faults, times; and on rank 0, everything written."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ddp_circles.errors import StopRequestedError
+from ddp_circles.job.faults import Rehearsal
+from ddp_circles.job.stop import stop_requested
+from ddp_circles.job.watch import Watch
+from ddp_circles.metrics import Progress, Tally
+from ddp_circles.records.checkpoint import Checkpoints, State
+from ddp_circles.records.console import Console
+from ddp_circles.records.metrics_file import MetricsFile, Row
+from ddp_circles.records.run_dir import RunDir, Status
+from ddp_circles.records.wandb_follower import WandbFollower
+from ddp_circles.terminal import warn
+
+FINISHED_SECONDS = 60.0
+"""How long the end of a finished run waits for the copy at Weights & Biases."""
+UNFINISHED_SECONDS = 3.0
+"""How long the end of a run that was stopped, or failed, waits for it."""
+
+
+@dataclass
+class Writer:
+    """What only rank 0 has: where a run is written to, and how often."""
+
+    run_dir: RunDir
+    metrics_file: MetricsFile
+    console: Console
+    follower: WandbFollower | None
+    """The copy at Weights & Biases."""
+    checkpoint_seconds: float
+    checkpoint_steps: int
+    snapshot: Callable[[], State]
+    """The state of model and optimizer, and what identifies the run."""
+
+
+class Recorder:
+    """The events around the loop on one rank.
+
+    `writer` is None on ranks other than 0: they keep time and stay silent. `rehearsal` is None where no fault is
+    planned. `steps_per_epoch` turns progress into global steps. `train_seconds` and `metrics` (the last epoch's line)
+    come from the run so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        watch: Watch,
+        rehearsal: Rehearsal | None,
+        writer: Writer | None,
+        steps_per_epoch: int,
+        train_seconds: float,
+        metrics: Row,
+    ) -> None:
+        self._watch = watch
+        self._rehearsal = rehearsal
+        self._writer = writer
+        self._steps_per_epoch = steps_per_epoch
+        self.train_seconds = train_seconds
+        self.metrics = metrics
+        self._started = self._phase_started = self._saved_at = time.monotonic()
+        self._saved_step = 0
+        self._seen_before = 0
+        self._epoch = 0
+        self._training = False
+        self._epoch_train_seconds = 0.0
+
+    def global_step(self, progress: Progress) -> int:
+        """Steps done since the run began."""
+        return progress.epoch * self._steps_per_epoch + progress.step
+
+    # ---- what the loop tells
+
+    def before_step(self, step: int) -> None:
+        """Note the step for the heartbeat, and let a planned fault happen."""
+        self._watch.mark("train", self._epoch, step)
+        if self._rehearsal is not None:
+            self._rehearsal.reach(step)
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return stop_requested()
+
+    def phase(self, name: str, progress: Progress) -> None:
+        """Note that `train` or `evaluate` begins."""
+        now = time.monotonic()
+        self._training = name == "train"
+        if self._training:
+            self._epoch, self._seen_before, self._started = progress.epoch, progress.train.count, now
+        else:
+            self._epoch_train_seconds = now - self._phase_started
+            self.train_seconds += self._epoch_train_seconds
+        self._phase_started = now
+        self._watch.mark(name, progress.epoch, self.global_step(progress))
+
+    def epoch_done(self, progress: Progress, test: Tally) -> None:
+        """Log the epoch's line."""
+        trained = progress.train.count - self._seen_before
+        self.metrics = {
+            "epoch": progress.epoch,
+            "step": self.global_step(progress),
+            "train/loss": progress.train.loss,
+            "train/accuracy": progress.train.accuracy,
+            "test/loss": test.loss,
+            "test/accuracy": test.accuracy,
+            "train/samples_per_second": trained / max(self._epoch_train_seconds, 1e-9),
+            "seconds": time.monotonic() - self._started,
+        }
+        if self._writer is not None:
+            self._writer.metrics_file.log(self.metrics)
+            self._writer.console.log(self.metrics)
+
+    def save_due(self, steps_done: int) -> bool:
+        """Whether enough time or steps have passed; only ever on rank 0."""
+        writer = self._writer
+        if writer is None:
+            return False
+        every = writer.checkpoint_steps
+        if every and steps_done // every > self._saved_step // every:
+            return True
+        return time.monotonic() - self._saved_at >= writer.checkpoint_seconds
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; if that fails, warn and go on: the older ones are intact."""
+        try:
+            self.save_or_raise(progress)
+        except OSError as error:
+            warn(f"no checkpoint after step {self.global_step(progress)}: {error}; the older ones stay")
+            self._saved_at, self._saved_step = time.monotonic(), self.global_step(progress)
+
+    def save_or_raise(self, progress: Progress) -> None:
+        """Write a checkpoint, after making durable every metrics line that it stands behind; raises `OSError`."""
+        writer, step = self._writer, self.global_step(progress)
+        if writer is None:
+            return
+        writer.metrics_file.flush()
+        state = writer.snapshot() | {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "global_step": step,
+            "train": list(astuple(progress.train)),
+            "metrics": self.metrics,
+            "train_seconds": self.train_seconds + self._training * (time.monotonic() - self._phase_started),
+        }
+        Checkpoints(writer.run_dir.checkpoints).save(state, step)
+        self._saved_at, self._saved_step = time.monotonic(), step
+
+    # ---- from the beginning of a run to its end
+
+    @contextmanager
+    def running(self, progress: Progress, config_toml: str) -> Iterator[None]:
+        """Keep the file `status` true while the body trains; there is a checkpoint from the first moment."""
+        try:
+            if self._writer is not None:
+                self._begin(self._writer, progress, config_toml)
+            yield
+        except BaseException as error:
+            self._set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
+            raise
+
+    def _begin(self, writer: Writer, progress: Progress, config_toml: str) -> None:
+        writer.run_dir.set_status("running")
+        writer.run_dir.write_config(config_toml)
+        self._saved_step = self.global_step(progress)
+        self.save(progress)
+        if writer.follower is not None:
+            writer.follower.start()
+
+    def _set_status(self, status: Status) -> None:
+        if self._writer is not None:
+            self._writer.run_dir.set_status(status)
+
+    def finish(
+        self,
+        progress: Progress,
+        *,
+        weights: dict[str, Tensor],
+        summary: dict[str, Any],
+        draw: Callable[[], None],
+    ) -> None:
+        """Write the last checkpoint, the model, the summary and, with `draw`, the pictures; then the status.
+
+        Raises `OSError` if one of them cannot be written.
+        """
+        writer = self._writer
+        if writer is None:
+            return
+        self.save_or_raise(progress)
+        digest = writer.run_dir.write_model(weights)
+        writer.run_dir.write_summary(dict(self.metrics) | {"weights_sha256": digest} | summary)
+        draw()
+        writer.run_dir.set_status("finished")
+        writer.console.close()
+        if writer.follower is not None:
+            writer.follower.wait(FINISHED_SECONDS)
+
+    def close(self) -> None:
+        """Let go of files and of the copy at Weights & Biases, in bounded time; does nothing the second time."""
+        writer = self._writer
+        if writer is None:
+            return
+        writer.metrics_file.close()
+        writer.console.close()
+        if writer.follower is not None:
+            writer.follower.wait(UNFINISHED_SECONDS)

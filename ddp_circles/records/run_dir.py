@@ -1,0 +1,102 @@
+"""The run directory: one writer at a time, and files that are whole or absent. Used by rank 0 alone."""
+
+import hashlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, contiguous_format
+
+from ddp_circles.errors import UserError
+from ddp_circles.records.files import sweep, write_atomically
+
+Status = Literal["running", "stopped", "finished", "failed"]
+LOCK_WAIT_SECONDS = 20.0
+"""How long a start waits for the last one's processes to leave; longer than they need after a kill."""
+
+
+class RunDir:
+    """The folder `path` and what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
+        self.metrics = path / "metrics.jsonl"
+        self.model = path / "model.safetensors"
+        self._lock = FileLock(path / ".lock")
+
+    def open(self) -> None:
+        """Make the folder and take its lock.
+
+        Raises `UserError` where it cannot be written, where it has a configuration file that no run wrote, or where
+        another run still holds it after `LOCK_WAIT_SECONDS`.
+        """
+        try:
+            if self.status is None and (foreign := self.path / "config.toml").exists():
+                raise UserError(f"--run-dir {self.path} would overwrite {foreign}, which is no run's: choose another")
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise PermissionError("no permission to write")
+            self._lock.acquire(timeout=LOCK_WAIT_SECONDS)
+            self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            sweep(self.path)
+        except Timeout:
+            raise UserError(
+                f"--run-dir {self.path} is in use by {self._read_holder()}: wait for it, or choose another"
+            ) from None
+        except OSError as error:
+            raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    @property
+    def _holder(self) -> Path:
+        return self.path / ".lock.holder"
+
+    def _read_holder(self) -> str:
+        try:
+            return self._holder.read_text()
+        except OSError:  # it has the lock and has not said yet who it is
+            return "another process"
+
+    @property
+    def status(self) -> str | None:
+        """The word in the file `status`; None where there is none."""
+        try:
+            return (self.path / "status").read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    def set_status(self, status: Status) -> None:
+        """Say in one word how the run is."""
+        write_atomically(self.path / "status", f"{status}\n".encode())
+
+    def write_config(self, toml: str) -> None:
+        """Store the resolved configuration."""
+        write_atomically(self.path / "config.toml", toml.encode())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Store the run's last figures."""
+        write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+    def write_model(self, state: dict[str, Tensor]) -> str:
+        """Store `state` as safetensors, the same bytes for the same bits; returns the file's SHA-256."""
+        # Copies, since tied weights are one tensor under two names, and safetensors takes each memory once.
+        copies = {name: value.detach().cpu().clone(memory_format=contiguous_format) for name, value in state.items()}
+        content = safetensors_bytes(copies)
+        write_atomically(self.model, content)
+        return hashlib.sha256(content).hexdigest()
+
+    def clear(self) -> None:
+        """Forget an earlier run, so that a new one starts from nothing."""
+        for checkpoint in sorted(self.checkpoints.iterdir(), reverse=True):
+            checkpoint.unlink()
+        for stale in (self.metrics, self.model, self.path / "summary.json", self.path / "fault"):
+            stale.unlink(missing_ok=True)

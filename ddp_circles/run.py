@@ -1,0 +1,289 @@
+"""The composition root: `fit` builds what a training needs, wires it together, and takes it down again."""
+
+import dataclasses
+import platform
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ddp_circles import loop
+from ddp_circles.config import Config
+from ddp_circles.data import Split, is_cached, make_points
+from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, StopRequestedError, UserError
+from ddp_circles.exact import ExactReducer, be_deterministic, check_model
+from ddp_circles.fast import FastReducer
+from ddp_circles.job.faults import Fault, Rehearsal
+from ddp_circles.job.ranks import continuing_command, read_ranks
+from ddp_circles.job.stop import stop_requested
+from ddp_circles.job.watch import WAITED, Watch
+from ddp_circles.job.world import World, is_lost_peer, open_world, pin_threads
+from ddp_circles.metrics import LocalTally, Progress
+from ddp_circles.models import Classifier, class_count, loss_sum
+from ddp_circles.records.console import Console
+from ddp_circles.records.metrics_file import MetricsFile
+from ddp_circles.records.recorder import Recorder, Writer
+from ddp_circles.records.resume import Found, open_run
+from ddp_circles.records.run_dir import RunDir
+from ddp_circles.records.wandb_follower import choose_mode, follow, new_run_id
+from ddp_circles.terminal import say, warn
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of `fit`, on every rank."""
+
+    model: nn.Module
+    """The trained module, without any wrapper."""
+    metrics: dict[str, float]
+    """The last line of metrics.jsonl."""
+    run_dir: Path
+    is_main: bool
+    """Whether this is rank 0, the one that should speak."""
+
+
+def fit(
+    config: Config,
+    *,
+    model: nn.Module | None = None,
+    data: Split | None = None,
+    loss: loop.LossFunction | None = None,
+) -> Result:
+    """Train as `config` says, on all ranks of the job this process belongs to; every rank must pass the same.
+
+    `model`: a float32 module from inputs [n, ...] to logits [n] or [n, classes]; default: the configuration's
+    classifier. `data`: samples to train on and to test on; default: the configuration's points. `loss`: the SUM over
+    samples of the loss of logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for
+    [n, classes]. Raises `UserError` for what the user can put right, and `SystemExit` after a stop request, with the
+    exit code of the contract, and when another rank is lost.
+    """
+    with stop_requested.listening():
+        ranks = read_ranks()
+        pin_threads(config.threads)
+        watch = Watch(ranks.rank, ranks.world_size, launched=ranks.launched)
+        watch.start()
+        try:
+            with open_world(ranks, config.device, config.backend, config.timeout) as world, ExitStack() as at_end:
+                watch.connect(world.store)
+                try:
+                    return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
+                except Exception as error:
+                    _leave(error, world, watch)
+                    raise
+        finally:
+            watch.stop()
+
+
+def _fit_in_world(
+    config: Config,
+    world: World,
+    watch: Watch,
+    at_end: ExitStack,
+    model: nn.Module | None,
+    data: Split | None,
+    loss: loop.LossFunction,
+) -> Result:
+    """Train in an open world. `at_end` closes what was opened after the other ranks have been told how it ended."""
+    found = open_run(
+        world,
+        run_dir=config.run_dir,
+        resume=config.resume,
+        settings=config.lasting,
+        data=data.digest() if data is not None else None,
+        threads=config.threads,
+        fault_rank=Fault.parse(config.fault).rank if config.fault else None,
+    )
+    at_end.callback(found.close)
+    bare = _make_model(config, model).to(world.device)
+    if found.is_done(config.epochs):
+        found.restore_model(bare)
+        _say(world, f"{found.path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
+        return Result(bare, found.state["metrics"], found.path, world.ranks.is_main)
+    split = data or _make_points(config, world)
+    split = Split(split.train.to(world.device), split.test.to(world.device))
+
+    optimizer = _make_optimizer(config, bare)
+    tally = LocalTally(world.device)
+    samples = len(split.train.inputs)
+    recorder = Recorder(
+        watch=watch,
+        rehearsal=_make_rehearsal(config, world, found, bare),
+        writer=_make_writer(config, world, found.run_dir, found, bare, optimizer) if found.run_dir else None,
+        steps_per_epoch=-(-samples // (config.batch_size or samples)),
+        train_seconds=found.state.get("train_seconds", 0.0),
+        metrics=found.state.get("metrics", {}),
+    )
+    at_end.callback(recorder.close)
+    training = loop.Training(
+        model=bare,
+        optimizer=optimizer,
+        loss=loss,
+        reducer=_make_reducer(config, world, bare, tally),
+        tally=tally,
+        world=world,
+        train_set=split.train,
+        test_set=split.test,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        events=recorder,
+    )
+    progress = found.restore(bare, optimizer)
+    begun = f"continue after step {recorder.global_step(progress)}" if found.state else "start"
+    _say(world, f"{begun}: {world.describe()}, run directory {found.path}")
+    try:
+        with recorder.running(progress, config.to_toml()):
+            loop.train(training, epochs=config.epochs, progress=progress)
+            recorder.finish(
+                progress,
+                weights=bare.state_dict(),
+                summary=_summary(config, world, found, recorder, progress, samples),
+                draw=partial(_draw, config, bare, split, found),
+            )
+    except StopRequestedError:
+        recorder.close()
+        command = continuing_command(world.ranks, sys.orig_argv, found.path)
+        _say(world, f"stopped after step {recorder.global_step(progress)}; to continue: {command}")
+        raise
+    _say(world, f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {found.path}")
+    return Result(bare, recorder.metrics, found.path, world.ranks.is_main)
+
+
+def _say(world: World, message: str) -> None:
+    if world.ranks.is_main:
+        say(message)
+
+
+def _make_points(config: Config, world: World) -> Split:
+    """The configuration's points on every rank."""
+    if is_cached(config.n_samples):
+        return world.together(lambda: make_points(**config.points))
+    # Rank 0 hands them round: the others need not import scikit-learn, which takes far longer than the points.
+    made = world.together(lambda: make_points(**config.points) if world.ranks.is_main else None)
+    points: Split = world.broadcast(made)
+    return points
+
+
+def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
+    if model is None:
+        torch.manual_seed(config.seed)  # directly before the model is built, as in the tutorial
+        model = Classifier(2, config.hidden, config.activation, class_count(config.dataset))
+    if config.reduction == "exact":
+        be_deterministic()
+        check_model(model)
+    return model
+
+
+def _make_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
+    return kind(model.parameters(), lr=config.lr, fused=True)
+
+
+def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> loop.Reducer:
+    """The gradient reducer for `bare`, wrapped in DDP unless the world has one rank."""
+    alone = world.ranks.world_size == 1
+    replica = bare if alone else DistributedDataParallel(bare, gradient_as_bucket_view=True)
+    if config.reduction == "fast":
+        return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
+    idle = world.ranks.world_size - config.micro_batches
+    if idle > 0 and world.ranks.is_main:
+        warn(f"{idle} ranks have nothing to compute: --micro-batches {config.micro_batches} feeds no more")
+    return ExactReducer(
+        bare,
+        replica,
+        streams=config.micro_batches,
+        owned=-(-config.micro_batches // world.ranks.world_size),
+        tally=tally,
+        stop_requested=stop_requested,
+        device=world.device,
+    )
+
+
+def _make_rehearsal(config: Config, world: World, found: Found, bare: nn.Module) -> Rehearsal | None:
+    fault = Fault.parse(config.fault) if config.fault else None
+    if fault is None or fault.rank != world.ranks.rank:
+        return None
+    return Rehearsal(fault, found.path / "fault", bare)
+
+
+def _make_writer(
+    config: Config, world: World, run_dir: RunDir, found: Found, bare: nn.Module, optimizer: Optimizer
+) -> Writer:
+    tracking_id = found.state.get("tracking_id") or new_run_id()
+    return Writer(
+        run_dir=run_dir,
+        metrics_file=MetricsFile(run_dir.metrics, keep_below_epoch=found.state.get("epoch", 0)),
+        console=Console(config.log_every, config.epochs),
+        follower=follow(
+            run_dir.path,
+            mode=choose_mode(config.wandb),
+            project=config.wandb_project,
+            run_id=tracking_id,
+            config=dataclasses.asdict(config) | {"world_size": world.ranks.world_size},
+        ),
+        checkpoint_seconds=config.checkpoint_seconds,
+        checkpoint_steps=config.checkpoint_steps,
+        snapshot=lambda: {
+            "model": bare.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "settings": found.settings,
+            "fingerprint": found.fingerprint,
+            "tracking_id": tracking_id,
+            "starts": found.launches,
+        },
+    )
+
+
+def _summary(
+    config: Config, world: World, found: Found, recorder: Recorder, progress: Progress, samples: int
+) -> dict[str, Any]:
+    """The part of summary.json beside the last epoch's figures."""
+    return {
+        "world_size": world.ranks.world_size,
+        "reduction": config.reduction,
+        "micro_batches": config.micro_batches,
+        "epochs": progress.epoch,
+        "steps": recorder.global_step(progress),
+        "resumed_from_step": found.state.get("global_step"),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "backend": world.backend,
+        "device": found.fingerprint["device"],
+        "train_seconds": recorder.train_seconds,
+        "samples_per_second": samples * progress.epoch / max(recorder.train_seconds, 1e-9),
+    }
+
+
+def _draw(config: Config, bare: nn.Module, split: Split, found: Found) -> None:
+    """Draw the pictures of a finished run; rank 0 alone calls this."""
+    if config.plots and found.run_dir is not None:
+        from ddp_circles.records.plots import draw_run  # matplotlib takes a while to import, and most ranks do without
+
+        draw_run(bare, split, metrics=found.run_dir.metrics, folder=found.run_dir.plots)
+
+
+def _leave(error: Exception, world: World, watch: Watch) -> None:
+    """Turn what ended the training into how this rank ends, and tell the other ranks."""
+    ranks = world.ranks
+    if isinstance(error, UserError):
+        return
+    if isinstance(error, StopRequestedError):
+        raise SystemExit(0 if ranks.launcher == "torchrun" else EXIT_STOPPED) from None
+    lost_peer = is_lost_peer(error)
+    with watch.patient_with_store():
+        watch.report_end(WAITED if lost_peer else f"raised {type(error).__name__}")
+        if lost_peer:
+            reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+            print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
+        elif isinstance(error, OutOfRangeError):
+            print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
+        if ranks.serves_store:
+            watch.linger()
+    if lost_peer or isinstance(error, OutOfRangeError):
+        raise SystemExit(1) from None

@@ -1,0 +1,205 @@
+"""What a verification found, as `verify.json` and as tables on the terminal; rank 0's business."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddp_circles.records.files import write_atomically
+from ddp_circles.verify.findings import Finding, failed, merged, spell_ranks, worst_first
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ddp_circles.verify.inventory import Inventory
+
+ROWS = 32
+"""The longest table; verify.json has everything."""
+WIDTH = 120
+"""Of the report where the output is no terminal."""
+PERIOD_SECONDS = 30.0
+"""Between two lines of the running count where the output is no terminal."""
+
+
+class Report:
+    """What is known so far."""
+
+    def __init__(self, path: Path, title: str, settings: dict[str, Any]) -> None:
+        self._path = path
+        self._title = title
+        self._begun = time.monotonic()
+        self._told = 0.0
+        self._rounds = 0
+        self._failed_rounds = 0
+        self._wrong = 0
+        self.findings: list[Finding] = []
+        self.sections: dict[str, Any] = {"settings": settings}
+        """What verify.json says beside the findings: `inventory`, `kinds`, `collectives`, `speed`, `oracle`."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything worse than a warning was found."""
+        return failed(self.findings)
+
+    def close(self, *, complete: bool) -> int:
+        """Write verify.json, print the report, and return the exit code."""
+        findings = worst_first(merged(self.findings))
+        content = {
+            "passed": complete and not self.failed,
+            "complete": complete,
+            "job": self._title,
+            "seconds": round(time.monotonic() - self._begun, 3),
+            "findings": [asdict(finding) for finding in findings],
+        } | self.sections
+        write_atomically(self._path, json.dumps(content, indent=1).encode() + b"\n")
+        self._print(findings, complete=complete)
+        return 0 if complete and not self.failed else 1
+
+    def end_round(self, minutes: float, *, last: bool) -> None:
+        """Count a round; in a soak, tell: one line that is rewritten on a terminal, else a line now and then."""
+        wrong = sum(finding.severity != "warning" for finding in self.findings)
+        self._rounds += 1
+        self._failed_rounds += wrong > self._wrong
+        self._wrong = wrong
+        passed = time.monotonic() - self._begun
+        clean = self._rounds - self._failed_rounds
+        line = (
+            f"round {self._rounds}: {clean} clean, {self._failed_rounds} not, {passed / 60:.1f} of {minutes:g} minutes"
+        )
+        if minutes and sys.stdout.isatty():
+            print(f"\r{line} ", end="\n" if last else "", flush=True)
+        elif minutes and (last or passed - self._told > PERIOD_SECONDS):
+            self._told = passed
+            print(line, flush=True)
+
+    def _print(self, findings: Sequence[Finding], *, complete: bool) -> None:
+        from rich.console import Console
+
+        console = Console(highlight=False, soft_wrap=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=WIDTH)
+        console.print(f"\nddp_circles.verify: {self._title}", style="bold", markup=False)
+        sections = self.sections
+        for name, draw in DRAWINGS.items():
+            if name in sections:
+                draw(console, sections[name])
+        self._print_findings(console, findings)
+        self._print_verdict(console, complete=complete)
+
+    def _print_findings(self, console: "Console", findings: Sequence[Finding]) -> None:
+        if findings:
+            console.print("\nFindings, worst first", style="bold")
+        for number, finding in enumerate(findings, 1):
+            style = {"missing": "bold red", "wrong": "red", "warning": "yellow"}[finding.severity]
+            times = f" ({finding.times} times)" if finding.times > 1 else ""
+            console.print(
+                f"{number}. {finding.severity}, {finding.check}{times}: {finding.what}", style=style, markup=False
+            )
+            for rank in finding.ranks[:ROWS]:
+                console.print(f"   {self._place(rank)}", markup=False)
+            console.print(f"   next: {finding.advice}", markup=False)
+
+    def _place(self, rank: int) -> str:
+        inventory: list[Inventory] = self.sections.get("inventory", [])
+        if rank >= len(inventory):
+            return f"rank {rank}"
+        one = inventory[rank]
+        return f"rank {rank} is on host {one['host']}, {one['device']}, {one['name']} {one['uuid']}".rstrip()
+
+    def _print_verdict(self, console: "Console", *, complete: bool) -> None:
+        seconds = time.monotonic() - self._begun
+        warnings = sum(finding.severity == "warning" for finding in self.findings)
+        if not complete:
+            verdict, style = "NOT COMPLETE: see the findings", "bold red"
+        elif self.failed:
+            verdict, style = "FAILED: bits are wrong", "bold red"
+        else:
+            verdict, style = (
+                "PASSED" + (f" with {warnings} warning{'s' * (warnings > 1)}" if warnings else ""),
+                "bold green",
+            )
+        console.print(f"\n{verdict}; {seconds:.1f} s; all figures in {self._path}", style=style, markup=False)
+
+
+def _table(title: str, *columns: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=box.ASCII_DOUBLE_HEAD, pad_edge=False
+    )
+    for column in columns:
+        numeric = column in NUMERIC
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    return table
+
+
+NUMERIC = ("up to bytes", "buffers", "elements", "wrong", "bytes", "µs", "± µs", "algbw GB/s", "busbw GB/s")
+
+
+def _draw_inventory(console: "Console", inventory: Sequence["Inventory"]) -> None:
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for rank, one in enumerate(inventory):
+        device = one["uuid"] or one["device"]
+        versions = f"torch {one['torch']}, {one['backend']}" + (f", driver {one['driver']}" if one["driver"] else "")
+        alike.setdefault(
+            (one["host"], one["name"], device, one["instruction_set"], one["threads"], versions), []
+        ).append(rank)
+    table = _table("Inventory", "ranks", "host", "device", "", "instructions", "threads", "versions")
+    for row, ranks in list(alike.items())[:ROWS]:
+        table.add_row(spell_ranks(ranks).partition(" ")[2], *row)
+    console.print(table)
+    if len(alike) > ROWS:
+        console.print(f"and {len(alike) - ROWS} more rows in verify.json")
+
+
+def _draw_collectives(console: "Console", collectives: dict[str, Any]) -> None:
+    table = _table(
+        "Collectives, every element checked", "operation", "types", "up to bytes", "buffers", "elements", "wrong"
+    )
+    for row in collectives["operations"]:
+        table.add_row(
+            row["operation"],
+            " ".join(row["types"]),
+            *(f"{row[name]:,}" for name in ("largest_bytes", "buffers", "elements", "wrong")),
+        )
+    console.print(table)
+
+
+def _draw_speed(console: "Console", speed: dict[str, Any]) -> None:
+    table = _table("Speed, by nccl-tests' definitions", "operation", "bytes", "µs", "± µs", "algbw GB/s", "busbw GB/s")
+    for row in speed["collectives"]:
+        table.add_row(
+            row["operation"],
+            f"{row['bytes']:,}",
+            f"{row['seconds'] * 1e6:.1f}",
+            f"{row['spread'] * 1e6:.1f}",
+            f"{row['algorithm_bandwidth'] / 1e9:.3g}",
+            f"{row['bus_bandwidth'] / 1e9:.3g}",
+        )
+    console.print(table)
+    compute = speed["compute"]
+    low, middle, high = (f"{compute[name] * 1e3:.3f}" for name in ("fastest", "median", "slowest"))
+    console.print(f"Computing by itself, a rank takes {low} to {high} ms, in the median {middle} ms. {compute['rule']}")
+
+
+def _draw_oracle(console: "Console", oracle: dict[str, Any]) -> None:
+    table = _table("Training oracle", "kind of device", "ranks", "alone", "together", "digest")
+    for row in oracle["kinds"]:
+        table.add_row(
+            row["kind"], spell_ranks(row["ranks"]).partition(" ")[2], row["alone"], row["together"], row["digest"][:16]
+        )
+    console.print(table)
+    console.print(oracle["method"])
+
+
+DRAWINGS: dict[str, Any] = {
+    "inventory": _draw_inventory,
+    "collectives": _draw_collectives,
+    "speed": _draw_speed,
+    "oracle": _draw_oracle,
+}
