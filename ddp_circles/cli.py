@@ -1,4 +1,4 @@
-"""What the command lines share: a parse that only rank 0 speaks about, one message for a mistake, exit codes."""
+"""Shared by the command lines: a parse that only rank 0 speaks about, one message for a mistake, exit codes."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ from ddp_circles.job.ranks import Ranks, read_ranks
 from ddp_circles.job.stop import stop_requested
 
 RANK_0_SPEAKS_SECONDS = 5.0
-"""How long the other ranks wait before they leave over a user's mistake, so that rank 0's message is not cut off."""
+"""Time that the other ranks give rank 0 to print its message before they leave over a user's mistake."""
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def run(command: Callable[[Ranks], int]) -> int:
             _let_rank_0_speak()
         raise
     except Exception:
-        if ranks.launcher != "torchrun":  # there the agent prints what `record` noted, labelled with the rank
+        if ranks.error_file is None or not ranks.error_file.exists():  # else the agent prints it, labelled
             print_traceback(ranks)
         return 1
 

@@ -13,7 +13,7 @@ import tomli_w
 from ddp_circles.errors import UserError
 from ddp_circles.job.faults import Fault
 
-# Far beyond any use; what is larger would end in some library's traceback instead of one clear message.
+# Far beyond any use; larger values would end in some library's traceback instead of one clear message.
 MOST_SAMPLES = 2**31 - 1
 MOST_MICRO_BATCHES = 2**16
 MOST_THREADS = 1024
@@ -23,10 +23,10 @@ LONGEST_TIMEOUT = 10**8
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run depends on."""
+    """The settings of a run."""
 
     dataset: Literal["circles", "moons", "blobs"] = "circles"
-    """Which points to classify."""
+    """Data set of points to classify."""
     n_samples: int = 1000
     """Points in all, training and test together."""
     noise: float = 0.03
@@ -40,9 +40,9 @@ class Config:
     hidden: tuple[int, ...] = (10, 10)
     """Widths of the hidden layers."""
     activation: Literal["relu", "none"] = "relu"
-    """What follows each hidden layer."""
+    """Activation after each hidden layer."""
     optimizer: Literal["sgd", "adam"] = "adam"
-    """Which optimizer takes the steps."""
+    """Optimizer that takes the steps."""
     lr: float = 0.01
     """Learning rate, the same at any number of ranks."""
     epochs: int = 60
@@ -56,17 +56,17 @@ class Config:
     micro_batches: int = 8
     """Pieces each global batch is cut into in exact mode; equal in runs to be compared."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: cuda where there is one."""
+    """Device to compute on; auto: cuda where there is one."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Who moves the sums; auto: nccl on cuda, else gloo."""
+    """Library that adds up the ranks' sums; auto: nccl on cuda, else gloo."""
     run_dir: Path | None = None
     """Folder of the results; default: runs/<id of the launch, of the Slurm job, or time stamp>."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: continue what is in the run directory; never: discard it, once; must: refuse to begin anew."""
     checkpoint_seconds: float = 30.0
-    """Save when so much time has passed since the last checkpoint."""
+    """Save when this much time has passed since the last checkpoint."""
     checkpoint_steps: int = 0
-    """Also save every so many global steps; 0 = by time alone."""
+    """Also save every N global steps; 0 = by time alone."""
     log_every: int = 10
     """Epochs between console lines."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -83,7 +83,7 @@ class Config:
     """Seconds that a collective may take."""
 
     def __post_init__(self) -> None:
-        """Take text for a path and a list for a tuple.
+        """Accept text for a path and a list for a tuple, and check all values.
 
         Raises `UserError`, naming the flag, for a value of the wrong type or out of range.
         """
@@ -105,7 +105,7 @@ class Config:
         return {name: getattr(self, name) for name in LASTING_FIELDS}
 
     def to_toml(self) -> str:
-        """The settings as TOML, without those of one start alone (`STARTUP_FIELDS`)."""
+        """The settings as TOML, without those that belong to one start (`STARTUP_FIELDS`)."""
         values = dataclasses.asdict(self)
         return tomli_w.dumps({key: value for key, value in values.items() if key not in STARTUP_FIELDS})
 

@@ -87,7 +87,7 @@ def is_cached(n_samples: int) -> bool:
 
 
 def _generate(arguments: dict[str, Any]) -> Split:
-    from ddp_circles import points  # scikit-learn takes seconds to import, and most ranks do without
+    from ddp_circles import points  # noqa: PLC0415 - scikit-learn takes seconds to import, most ranks do without
 
     return Split(*(Dataset(*part) for part in points.generate(**arguments)))
 

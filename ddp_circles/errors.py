@@ -1,4 +1,4 @@
-"""What ends a training before its time, and the exit codes of the command lines."""
+"""Errors that end a training early, and the exit codes of the command lines."""
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75

@@ -3,7 +3,7 @@
 Floating-point addition is not associative: the sum of the ranks' gradients depends on how many ranks there are and on
 the order in which the network adds them. Integer addition is associative. So each micro-batch's gradient is rounded, by
 itself, to a multiple of 2^-44 held in an int64; these integers are added on the rank, then over all ranks, and turned
-back into float32 once. Which rank ran a micro-batch, and who added what first, cannot change a bit of the result. The
+back into float32 once. Which rank ran a micro-batch, and in which order they were added, cannot change a bit. The
 resolution, 5.7e-14, is finer than the rounding of float32 for every gradient above 1e-6 (over whole trainings of the
 default recipe, `model_3` and `model_4`, the weights were those of float64 sums, to the bit); the range is 2^62 / V
 units for each of V micro-batches, 32768 at V = 8, and a value outside it is counted in an integer that travels with the
@@ -36,9 +36,9 @@ from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, larges
 from ddp_circles.metrics import LocalTally
 
 WAITING_ELEMENTS = 2**22
-"""Gradients that may wait to be rounded together; those of one micro-batch always may."""
+"""Most gradient elements that wait to be rounded together; those of one micro-batch always may."""
 LOSS_SCALE = torch.tensor(2.0 ** (LOSS_BITS - GRADIENT_BITS))
-"""Makes a unit of loss a unit of gradient, so that both are rounded, and checked for their range, together."""
+"""Turns loss units into gradient units, so that both are rounded and range-checked together."""
 
 
 def be_deterministic() -> None:
@@ -52,7 +52,7 @@ def be_deterministic() -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise `UserError` for a model whose result would depend on how its batches are cut up, or on the rank."""
+    """Refuse, with a `UserError`, a model whose result depends on the rank or on how its batches are cut."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats):
             why = "its result depends on the composition of each micro-batch: use GroupNorm or LayerNorm"
@@ -79,20 +79,20 @@ def check_model(model: nn.Module) -> None:
 
 
 def _dropout_of(module: nn.Module) -> float:
-    """The share that `module` itself drops: as a layer for that, or inside, as attention and recurrent layers do."""
+    """The dropout probability of `module` itself: a dropout layer's, or that inside attention or recurrent layers."""
     share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
     return share if isinstance(share, (int, float)) else 0.0
 
 
 Pass = tuple[nn.Module, AbstractContextManager[object]]
-"""What a micro-batch is run through, and the context of its forward and backward pass."""
+"""The model that a micro-batch goes through, and the context of its forward and backward pass."""
 
 
 class ExactReducer:
     """Integer sums: the same bits for every number of ranks. A DDP communication hook; at world one called directly.
 
     `bare`: the module, all of whose parameters must take part in the loss. `replica`: its DDP wrapper; in a world of
-    one `bare` itself. `streams`: V, of which this rank runs `owned`. `stop_requested`: asked once per step.
+    one `bare` itself. `micro_batches`: V, of which this rank runs `owned`. `stop_requested`: called once per step.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class ExactReducer:
         bare: nn.Module,
         replica: nn.Module,
         *,
-        streams: int,
+        micro_batches: int,
         owned: int,
         tally: LocalTally,
         stop_requested: Callable[[], bool],
         device: torch.device,
     ) -> None:
-        self.streams = streams
+        self.micro_batches = micro_batches
         self._named = [(name, value) for name, value in bare.named_parameters() if value.requires_grad]
         self._parameters = [parameter for _, parameter in self._named]
         self._sizes = [parameter.numel() for parameter in self._parameters]
@@ -115,7 +115,7 @@ class ExactReducer:
         self._most_waiting = max(1, min(owned, WAITING_ELEMENTS // self._size)) * len(self._named)
         self._integers: Tensor | None = None
         self._peaks: list[Tensor] = []
-        self._limit = torch.tensor(largest_term(streams, GRADIENT_BITS))
+        self._limit = torch.tensor(largest_term(micro_batches, GRADIENT_BITS))
         self._tally = tally
         self._stop_requested = stop_requested
         self._bad, *self._flags = torch.tensor([0, 0, 1], device=device).unbind()
@@ -124,19 +124,19 @@ class ExactReducer:
         if replica is bare:
             self._own = torch.zeros(self._size, device=device)
             self._gradients = _unflatten_dense_tensors(self._own, self._parameters)
-        # What stays on the rank goes past the wrapper, as under no_sync(), but without the cost of its forward pass.
+        # Micro-batches that are not reduced yet bypass DDP, as under no_sync(), without the cost of its forward pass.
         self._accumulating: Pass = (bare, _AtExit(self.accumulate))
         self._reducing: Pass = (replica, _AtExit(self.deliver_own if replica is bare else self.finish))
         if isinstance(replica, DistributedDataParallel):
             # Held weakly: DDP keeps its hook's state where no garbage collector sees it, and this holds the replica.
-            replica.register_comm_hook(weakref.proxy(self), exact_sum_hook)
+            replica.register_comm_hook(weakref.proxy(self), ExactReducer.reduce_bucket)
 
     def passes(self, count: int) -> list[Pass]:
-        """See `loop.Reducer`: all but the last micro-batch stay on the rank."""
+        """See `loop.Reducer`: only the last micro-batch is reduced; the others are added up on the rank."""
         return [self._accumulating] * (count - 1) + [self._reducing]
 
     def weight(self, samples: int) -> float:
-        """See `loop.Reducer`: the sum of all gradients is that of the mean loss."""
+        """See `loop.Reducer`: the gradients are added up, so the sum is the gradient of the mean loss."""
         return 1.0 / samples
 
     def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the protocol's arguments
@@ -144,7 +144,7 @@ class ExactReducer:
         return self._sums
 
     def accumulate(self) -> None:
-        """Take the gradients of one micro-batch, and clear them."""
+        """Take over the gradients of one micro-batch, and clear them."""
         if len(self._waiting) == self._most_waiting:
             self._add_waiting()
         for name, parameter in self._named:
@@ -155,7 +155,7 @@ class ExactReducer:
 
     def finish(self) -> None:
         """End a step's last backward pass, in which the hook has put the sums in place."""
-        if not self._reduced:  # DDP waits for the missing gradient, and says so only in the next step
+        if not self._reduced:  # DDP waits for a missing gradient, and would say so only in the next step
             missing = [name for name, parameter in self._named if parameter.grad is None]
             raise ValueError(self._without_gradient(*missing))
         self._reduced = False
@@ -177,7 +177,10 @@ class ExactReducer:
         self._sums = self._metrics(loss_units, correct)
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
-        """Sum one DDP bucket over all ranks: its last micro-batch's gradients plus what was accumulated before."""
+        """Sum one DDP bucket over all ranks: the last micro-batch's gradients plus those accumulated before.
+
+        Registered as DistributedDataParallel's communication hook.
+        """
         if self._waiting:
             self._add_waiting()
         buffer = bucket.buffer()
@@ -188,10 +191,9 @@ class ExactReducer:
         return _sum_meanwhile(buffer, integers)
 
     def _sum_last(self, bucket: GradBucket, buffer: Tensor) -> Future[Tensor]:
-        """Sum the bucket that completes the backward pass, and everything else that travels with the gradients.
+        """Sum the bucket that completes the backward pass, with everything else that travels with the gradients.
 
-        Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
-        than the sum of a small model. Raises if the all-reduce fails.
+        Raises if the all-reduce fails.
         """
         size = buffer.numel()
         losses, correct = self._tally.take_apart()
@@ -199,6 +201,8 @@ class ExactReducer:
         integers = rounded[:size]
         self._add_accumulated(integers, bucket)
         total = torch.cat([integers, self._metrics(rounded[size:], correct)])
+        # Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
+        # than the sum of a small model.
         dist.all_reduce(total)
         self._sums = total[size:]
         self._integers = None
@@ -208,10 +212,8 @@ class ExactReducer:
         return future
 
     def _add_accumulated(self, integers: Tensor, bucket: GradBucket) -> None:
-        """Add to a bucket's `integers` those of the micro-batches before.
-
-        They follow parameters: DDP rebuilds its buckets, in another order, after the first step.
-        """
+        """Add the integers of the micro-batches before to a bucket's `integers`."""
+        # They are found by parameter, not by offset: DDP rebuilds its buckets, in another order, after the first step.
         if self._integers is not None:
             pieces = dict(zip(self._parameters, self._integers.split(self._sizes), strict=True))
             integers += torch.cat([pieces[cast(nn.Parameter, parameter)] for parameter in bucket.parameters()])
@@ -219,7 +221,7 @@ class ExactReducer:
     def _add_waiting(self, *riding: Tensor) -> Tensor:
         """Round each waiting micro-batch's gradients by themselves and add them to the rank's integers.
 
-        Returns the integers of the tensors that were `riding` along.
+        Returns the integers of the `riding` tensors, which are rounded in the same operation.
         """
         elements = len(self._waiting) // len(self._named) * self._size
         rounded = self._rounded([*self._waiting, *riding])
@@ -230,29 +232,24 @@ class ExactReducer:
         return rounded[elements:]
 
     def _rounded(self, values: list[Tensor]) -> Tensor:
-        """All `values` in one row of integers; their largest is remembered."""
+        """Round all `values` into one row of integers; remembers the largest magnitude."""
         row = _flatten_dense_tensors(values)
         self._peaks.append(torch.linalg.vector_norm(row, torch.inf))
         return quantize(row, GRADIENT_BITS)
 
     def _metrics(self, loss_units: Tensor, correct: Tensor) -> Tensor:
-        """What rides with the last bucket: loss units, right answers, whether a value is out of range, stop flag."""
+        """The integers that ride with the last bucket: loss units, right answers, out-of-range flag, stop flag."""
         peaks, self._peaks = self._peaks, []
-        peak = peaks[0] if len(peaks) == 1 else torch.stack(peaks).max()  # of several, NaN is the largest
+        peak = peaks[0] if len(peaks) == 1 else torch.stack(peaks).max()  # NaN counts as the largest
         bad = torch.logical_not(peak < self._limit, out=self._bad)
         return torch.stack([loss_units.sum(), correct, bad, self._flags[self._stop_requested()]])
 
 
-def exact_sum_hook(reducer: ExactReducer, bucket: GradBucket) -> Future[Tensor]:
-    """DistributedDataParallel's communication hook: see `ExactReducer.reduce_bucket`."""
-    return reducer.reduce_bucket(bucket)
-
-
 def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:
-    """Sum a bucket while the backward pass goes on; `buffer` is given the result."""
+    """Sum a bucket into `buffer` while the backward pass goes on."""
 
     def deliver(summed: Future[list[Tensor]]) -> Tensor:
-        # Reading the value raises if the all-reduce failed; without that the rank would go on with its own sums.
+        # Reading the value raises if the all-reduce failed; otherwise the rank would go on with its own sums.
         return dequantize(summed.value()[0], GRADIENT_BITS, out=buffer)
 
     future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
@@ -260,7 +257,7 @@ def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:
 
 
 class _AtExit:
-    """A context that calls `finish` when its body has ended well."""
+    """A context that calls `finish` unless its body raised."""
 
     def __init__(self, finish: Callable[[], None]) -> None:
         self._finish = finish

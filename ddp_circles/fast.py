@@ -29,7 +29,7 @@ class FastReducer:
         tally: LocalTally,
         stop_requested: Callable[[], bool],
     ) -> None:
-        self.streams = world.ranks.world_size
+        self.micro_batches = world.ranks.world_size
         self._parameters = [parameter for parameter in replica.parameters() if parameter.requires_grad]
         self._pass: Pass = (replica, nullcontext())
         self._world = world
@@ -42,15 +42,15 @@ class FastReducer:
         return [self._pass] * count
 
     def weight(self, samples: int) -> float:
-        """See `loop.Reducer`: DDP averages over ranks; the result is the mean over samples even for unequal shards."""
-        return self.streams / samples
+        """See `loop.Reducer`: DDP averages over ranks; this makes it the mean over samples, for unequal shards too."""
+        return self.micro_batches / samples
 
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
         """See `loop.Reducer`."""
         if not last and (step + 1) % AGREES_EVERY:
             return None
-        sums = self._tally.take(self.streams * AGREES_EVERY)
-        # What an earlier step spoiled shows in the losses by now; this step's update may be about to be saved.
+        sums = self._tally.take(self.micro_batches * AGREES_EVERY)
+        # An earlier step's NaN shows in the losses by now; this step's update may be about to be saved.
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         sums[2] += torch.stack([gradient.isfinite().all() for gradient in gradients]).logical_not().sum()
         return self._world.sum(torch.cat([sums, self._flag[int(self._stop_requested())]]))

@@ -1,4 +1,4 @@
-"""Numbers as 64-bit fixed point, so that their sum does not depend on the order of addition."""
+"""64-bit fixed-point numbers: their sum does not depend on the order of addition."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ GRADIENT_BITS = 44
 LOSS_BITS = 24
 """Loss sums are multiples of 2^-24 (6e-8), so that a sum may reach 5e11."""
 _TWO_TO_THE = {power: torch.tensor(2.0**power) for bits in (GRADIENT_BITS, LOSS_BITS) for power in (bits, -bits)}
-"""Scalar tensors: a Python number would be made into one anew in every operation. Any device takes them."""
+"""Scalar tensors, since a Python number would become one anew in every operation. Any device accepts them."""
 
 
 def largest_term(terms: int, bits: int) -> float:
@@ -19,8 +19,8 @@ def largest_term(terms: int, bits: int) -> float:
 def quantize(values: Tensor, bits: int) -> Tensor:
     """Round floating-point `values` to the nearest multiple of 2^-bits; int64 of the same shape.
 
-    Scaling by a power of two is exact, so one rounding happens here and none later. The result means nothing where
-    a value is not finite or reaches `largest_term`: the caller checks that.
+    Scaling by a power of two is exact, so this is the only rounding. The result is meaningless where a value is not
+    finite or reaches `largest_term`: the caller checks that.
     """
     return (values * _TWO_TO_THE[bits]).round_().long()
 

@@ -28,7 +28,7 @@ from ddp_circles.sharding import Sharding, TensorSampler
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 EVALUATION_BATCH = 65536
-"""Test samples between two agreements of the ranks, at the most."""
+"""Test samples between two agreements of the ranks, at most."""
 
 
 class Step(NamedTuple):
@@ -37,7 +37,7 @@ class Step(NamedTuple):
     number: int
     """Global step, counted from 0 over the whole run."""
     weight: Tensor
-    """What a summed loss is multiplied by, so that the reducer's sum is the step's mean; a float32 scalar."""
+    """Factor of a summed loss that makes the reducer's sum the step's mean; a float32 scalar."""
     micro_batches: list[tuple[Tensor, Tensor, nn.Module, AbstractContextManager[object]]]
     """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks."""
 
@@ -46,14 +46,14 @@ class Reducer(Protocol):
     """Sums gradients and metrics over all ranks, behind the loop's back."""
 
     @property
-    def streams(self) -> int:
-        """Into how many micro-batches each step is cut, over all ranks."""
+    def micro_batches(self) -> int:
+        """Micro-batches in each step, over all ranks."""
 
     def passes(self, count: int) -> Sequence[Pass]:
-        """How this rank runs the `count` micro-batches of one step; the last one sums over all ranks."""
+        """The passes of this rank's `count` micro-batches in one step; the last one sums over all ranks."""
 
     def weight(self, samples: int) -> float:
-        """What a micro-batch's summed loss is multiplied by, in a step of `samples` over all ranks."""
+        """The factor of a micro-batch's summed loss in a step of `samples` over all ranks."""
 
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
         """Loss units, right answers, values out of range and stop requests of all ranks since the last agreement.
@@ -63,30 +63,30 @@ class Reducer(Protocol):
 
 
 class Events(Protocol):
-    """What happens around the loop, on every rank."""
+    """The loop's connection to the world around it, on every rank."""
 
     def before_step(self, step: int) -> None:
         """Act before global step `step`: heartbeats, planned faults."""
 
     def stop_requested(self) -> bool:
-        """Whether this rank was asked to stop."""
+        """True once this rank was asked to stop."""
 
     def save_due(self, steps_done: int) -> bool:
-        """Whether it is time for a checkpoint."""
+        """True when it is time for a checkpoint."""
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint."""
 
     def phase(self, name: str, progress: Progress) -> None:
-        """`train` or `evaluate` begins."""
+        """Note that `train` or `evaluate` begins."""
 
     def epoch_done(self, progress: Progress, test: Tally) -> None:
-        """An epoch is trained and evaluated."""
+        """Record an epoch that is trained and evaluated."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the loop works on.
+    """The parts of one training, wired together.
 
     `model` is the bare module; `reducer` may wrap it. `batch_size` is global, 0 for the full batch.
     """
@@ -104,11 +104,9 @@ class Training:
     events: Events
 
     def sharding(self, samples: int, batch_size: int) -> Sharding:
-        """How `samples` are cut up for the ranks of this world."""
-        ranks = self.world.ranks
-        return Sharding(
-            samples, min(batch_size or samples, samples), self.reducer.streams, ranks.rank, ranks.world_size
-        )
+        """The cut of `samples` for the ranks of this world."""
+        ranks, size = self.world.ranks, min(batch_size or samples, samples)
+        return Sharding(samples, size, self.reducer.micro_batches, ranks.rank, ranks.world_size)
 
 
 def train(training: Training, *, epochs: int, progress: Progress) -> None:
@@ -117,12 +115,13 @@ def train(training: Training, *, epochs: int, progress: Progress) -> None:
     Raises `OutOfRangeError` and `StopRequestedError` on all ranks alike.
     """
     test_sharding = training.sharding(len(training.test_set.inputs), EVALUATION_BATCH)
-    test_streams = streams_of(training.test_set, None, test_sharding)
+    in_order = torch.arange(test_sharding.samples)
+    test_shares = shares_of(training.test_set, in_order, test_sharding)
     while progress.epoch < epochs:
         training.events.phase("train", progress)
         train_epoch(training, progress)
         training.events.phase("evaluate", progress)
-        test = evaluate(training, progress, test_sharding, test_streams)
+        test = evaluate(training, progress, test_sharding, test_shares)
         training.events.epoch_done(progress, test)
         progress.epoch, progress.step, progress.train = progress.epoch + 1, 0, Tally()
 
@@ -143,18 +142,18 @@ def train_epoch(training: Training, progress: Progress) -> None:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, progress: Progress, sharding: Sharding, streams: dict[int, Dataset]) -> Tally:
-    """Loss and accuracy on the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
+def evaluate(training: Training, progress: Progress, sharding: Sharding, shares: dict[int, Dataset]) -> Tally:
+    """Sum loss and accuracy over the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
     model, tally, total = training.model, training.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
     reader = SumsReader(delay=0, seconds=training.world.patience)
     model.eval()
     for step in range(sharding.steps):
-        for stream in sharding.owned():
-            inputs, targets = _slice(streams[stream], sharding.bounds(step, stream))
+        for number, share in shares.items():
+            inputs, targets = _slice(share, sharding.bounds(step, number))
             logits = model(inputs)
             tally.add(training.loss(logits, targets), logits, targets)
-        local = torch.cat([tally.take(sharding.streams), stop_flag.fill_(training.events.stop_requested())])
+        local = torch.cat([tally.take(sharding.micro_batches), stop_flag.fill_(training.events.stop_requested())])
         reader.post(step, sharding.seen(step + 1), training.world.sum(local))
         (sums,) = reader.read()
         _add(total, sums, f"in the evaluation after epoch {progress.epoch}")
@@ -165,7 +164,7 @@ def evaluate(training: Training, progress: Progress, sharding: Sharding, streams
 
 
 def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
-    """The epoch's remaining steps; after each, take in what the ranks agreed on, and save or stop if that is due."""
+    """The epoch's remaining steps; after each, take in what the ranks agreed on, then save or stop if that is due."""
     sharding = training.sharding(len(training.train_set.inputs), training.batch_size)
     reader = SumsReader(delay=1 if training.world.device.type == "cuda" else 0, seconds=training.world.patience)
     steps = sharding.steps
@@ -182,7 +181,7 @@ def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
         for due in reader.read(everything=last):
             _add(progress.train, due, f"in step {due.step}")
             stop = stop or due.stop_requests > 0
-        # What is read late is waited for only here: a diverged step must not be saved.
+        # On CUDA some sums are read late. They are waited for only here, since a diverged step must not be saved.
         if (stop or training.events.save_due(step.number + 1)) and not any(late.out_of_range for late in reader.peek()):
             training.events.save(_settled(progress, reader))
         if stop:
@@ -192,15 +191,15 @@ def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
 def local_steps(training: Training, progress: Progress, sharding: Sharding) -> Iterator[Step]:
     """This rank's share of the epoch's remaining steps; the samples are put in order once per epoch."""
     sampler = TensorSampler(sharding.samples, seed=training.seed)
-    streams = streams_of(training.train_set, sampler.order(progress.epoch), sharding)
+    epoch_shares = shares_of(training.train_set, sampler.order(progress.epoch), sharding)
     nothing = _slice(training.train_set, (0, 0))
     steps, device = sharding.steps, training.world.device
     weight, last_weight = (
         torch.tensor(training.reducer.weight(sharding.step_size(step)), device=device) for step in (0, steps - 1)
     )
     for step in range(progress.step, steps):
-        bounds = [(samples, sharding.bounds(step, stream)) for stream, samples in streams.items()]
-        shares = [_slice(samples, (start, stop)) for samples, (start, stop) in bounds if start < stop] or [nothing]
+        bounds = [(share, sharding.bounds(step, number)) for number, share in epoch_shares.items()]
+        shares = [_slice(share, (start, stop)) for share, (start, stop) in bounds if start < stop] or [nothing]
         passes = training.reducer.passes(len(shares))
         yield Step(
             number=progress.epoch * steps + step,
@@ -209,13 +208,11 @@ def local_steps(training: Training, progress: Progress, sharding: Sharding) -> I
         )
 
 
-def streams_of(samples: Dataset, order: Tensor | None, sharding: Sharding) -> dict[int, Dataset]:
-    """The samples of each stream this rank owns, contiguous and in `order` (None: as they are)."""
+def shares_of(samples: Dataset, order: Tensor, sharding: Sharding) -> dict[int, Dataset]:
+    """All samples that each of this rank's micro-batches takes in an epoch, by its number; contiguous, in `order`."""
     inputs, targets = samples
-    if order is None:
-        order = torch.arange(len(inputs))
-    shares = {stream: order[stream :: sharding.streams].to(inputs.device) for stream in sharding.owned()}
-    return {stream: Dataset(inputs[share], targets[share]) for stream, share in shares.items()}
+    indices = {number: order[number :: sharding.micro_batches].to(inputs.device) for number in sharding.owned()}
+    return {number: Dataset(inputs[index], targets[index]) for number, index in indices.items()}
 
 
 def _slice(samples: Dataset, bounds: tuple[int, int]) -> Dataset:
@@ -224,7 +221,7 @@ def _slice(samples: Dataset, bounds: tuple[int, int]) -> Dataset:
 
 
 def _settled(progress: Progress, reader: SumsReader) -> Progress:
-    """`progress` with what the ranks agreed on but have not acted on yet, as a checkpoint must hold it."""
+    """`progress` plus the sums that are not read yet, as a checkpoint must hold it."""
     settled = replace(progress, train=replace(progress.train))
     for pending in reader.peek():
         _add(settled.train, pending, f"in step {pending.step}")

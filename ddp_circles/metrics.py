@@ -12,7 +12,7 @@ from ddp_circles.fixed_point import LOSS_BITS, largest_term, quantize
 from ddp_circles.models import correct_count
 
 POLL_SECONDS = 2e-5
-"""Between two looks whether the device has come to a sum; far below the time of a step."""
+"""Time between two checks for a sum from the device; far below the time of a step."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Tally:
 
 @dataclass
 class Progress:
-    """Where a run is: `step` steps of `epoch` are done, with `train` summed over them and all ranks."""
+    """The position of a run: `step` steps of `epoch` are done, with `train` summed over them and all ranks."""
 
     epoch: int = 0
     step: int = 0
@@ -44,7 +44,7 @@ class Progress:
 
 
 class LocalTally:
-    """What one rank has seen since it was last asked: its micro-batches' losses and right answers."""
+    """Losses and right answers of one rank's micro-batches since they were last taken."""
 
     def __init__(self, device: torch.device) -> None:
         self._nothing = torch.zeros(3, dtype=torch.int64, device=device)
@@ -61,7 +61,7 @@ class LocalTally:
     def take_apart(self) -> tuple[Tensor, Tensor]:
         """Each micro-batch's summed loss, float32 of shape [micro-batches], and right answers, an int64 scalar.
 
-        Of what came since the last call, which must be something.
+        Since the last call; raises if nothing was added.
         """
         losses, logits, targets = torch.stack(self._losses), _joined(self._logits), _joined(self._targets)
         self._losses.clear()
@@ -72,8 +72,8 @@ class LocalTally:
     def take(self, terms: int) -> Tensor:
         """Loss units, right answers and micro-batches out of range since the last call; int64 of shape [3].
 
-        Each micro-batch's loss is rounded by itself, so the sum does not depend on who ran it. `terms` is how many
-        such losses may be added up in all before they are read.
+        Each micro-batch's loss is rounded by itself, so the sum does not depend on which rank ran it. `terms`: the
+        most such losses that are added up, over all ranks, before they are read.
         """
         if not self._losses:
             return self._nothing.clone()
@@ -87,7 +87,7 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 
 class Sums(NamedTuple):
-    """What all ranks know together after an agreement; equal on all ranks."""
+    """The sums over all ranks at one agreement; equal on all ranks."""
 
     step: int
     """The global step after which they agreed."""
@@ -102,8 +102,8 @@ class Sums(NamedTuple):
 class SumsReader:
     """Reads `Sums` from the device: at once on the CPU, one agreement late on CUDA, where reading at once would wait.
 
-    The delay is the same on all ranks, so they act on what they read at the same step. On CUDA an all-reduce only joins
-    a queue, and what waits for the missing rank is the reading: after `seconds` it raises `ConnectionError`.
+    The delay is the same on all ranks, so they act on a sum at the same step. On CUDA an all-reduce only joins a queue,
+    and it is the reading that waits for a missing rank: after `seconds` it raises `ConnectionError`.
     """
 
     def __init__(self, delay: int, seconds: float) -> None:
@@ -121,12 +121,12 @@ class SumsReader:
         self._pending.append((step, seen, sums, event))
 
     def read(self, *, everything: bool = False) -> list[Sums]:
-        """The sums that are due, oldest first; each is given once."""
+        """The sums that are due, oldest first; each is returned once."""
         due = len(self._pending) if everything else max(0, len(self._pending) - self._delay)
         return [self._value(*self._pending.popleft()) for _ in range(due)]
 
     def peek(self) -> list[Sums]:
-        """The sums that are not due yet; they will be given again."""
+        """The sums that are not due yet; they will be returned again."""
         return [self._value(*pending) for pending in self._pending]
 
     def _value(self, step: int, seen: int, sums: Tensor, event: torch.cuda.Event | None) -> Sums:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -46,7 +47,7 @@ class Result:
     """The last line of metrics.jsonl."""
     run_dir: Path
     is_main: bool
-    """Whether this is rank 0, the one that should speak."""
+    """True on rank 0, the one that should speak."""
 
 
 def fit(
@@ -77,6 +78,11 @@ def fit(
                 except Exception as error:
                     _leave(error, world, watch)
                     raise
+        except UserError:
+            raise
+        except Exception as error:
+            get_error_handler().record_exception(error)  # for torchrun's agent, which prints it with the rank
+            raise
         finally:
             watch.stop()
 
@@ -197,7 +203,7 @@ def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTal
     return ExactReducer(
         bare,
         replica,
-        streams=config.micro_batches,
+        micro_batches=config.micro_batches,
         owned=-(-config.micro_batches // world.ranks.world_size),
         tally=tally,
         stop_requested=stop_requested,

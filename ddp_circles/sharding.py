@@ -1,8 +1,9 @@
-"""Which sample goes where: index arithmetic over DistributedSampler's order, without padding.
+"""The samples of each step, micro-batch and rank: index arithmetic over DistributedSampler's order, without padding.
 
-The order of an epoch depends on (seed, epoch) alone. Global step k takes the positions [k*B, (k+1)*B) of it, and
-position p belongs to stream p % V: stream v is what `DistributedSampler(num_replicas=V, rank=v)` gives replica v.
-Rank r of W owns the streams r, r + W, r + 2W, ... So every sample is used once per epoch, for any N, B, V and W.
+The order of an epoch depends on (seed, epoch) alone. Global step k takes the positions [k*B, (k+1)*B) of it. A step is
+cut into V micro-batches: position p belongs to micro-batch p % V, which gets what
+`DistributedSampler(num_replicas=V, rank=p % V)` gives a replica. Rank r of W runs the micro-batches r, r + W, r + 2W,
+... So every sample is used once per epoch, for any N, B, V and W.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class TensorSampler(DistributedSampler[int]):
 
 
 class _Sized(Dataset[int]):
-    """The one thing the sampler asks of a data set: its length."""
+    """A data set of which only the length matters: all that the sampler asks for."""
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
@@ -37,11 +38,11 @@ class _Sized(Dataset[int]):
 
 @dataclass(frozen=True)
 class Sharding:
-    """How `samples` are cut into steps of `batch_size` and into `streams` (V) for the ranks of a world."""
+    """The cut of `samples` into steps of `batch_size`, and of each step into `micro_batches` (V) for the ranks."""
 
     samples: int
     batch_size: int
-    streams: int
+    micro_batches: int
     rank: int
     world_size: int
 
@@ -51,8 +52,8 @@ class Sharding:
         return -(-self.samples // self.batch_size)
 
     def owned(self) -> range:
-        """The streams of this rank."""
-        return range(self.rank, self.streams, self.world_size)
+        """The numbers of the micro-batches that this rank runs in each step."""
+        return range(self.rank, self.micro_batches, self.world_size)
 
     def step_size(self, step: int) -> int:
         """Samples of `step` over all ranks."""
@@ -62,10 +63,10 @@ class Sharding:
         """Samples of an epoch's first `steps` steps over all ranks."""
         return min(steps * self.batch_size, self.samples)
 
-    def bounds(self, step: int, stream: int) -> tuple[int, int]:
-        """Where `step`'s micro-batch begins and ends within `stream`; equal where it is empty."""
-        return self._below(self.seen(step), stream), self._below(self.seen(step + 1), stream)
+    def bounds(self, step: int, micro_batch: int) -> tuple[int, int]:
+        """Start and stop of `step`'s samples among those of `micro_batch` in an epoch; equal where it is empty."""
+        return self._below(self.seen(step), micro_batch), self._below(self.seen(step + 1), micro_batch)
 
-    def _below(self, position: int, stream: int) -> int:
-        """How many positions below `position` belong to `stream`."""
-        return max(0, -((stream - position) // self.streams))
+    def _below(self, position: int, micro_batch: int) -> int:
+        """Positions below `position` that belong to `micro_batch`."""
+        return max(0, -((micro_batch - position) // self.micro_batches))

@@ -39,19 +39,10 @@ def main() -> None:
 def _train(ranks: Ranks) -> int:
     config = parse_command_line(sys.argv[1:], quiet=not ranks.is_main)
     set_thread_variables(config.threads)  # before torch is imported
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from ddp_circles.run import fit  # noqa: PLC0415 - the seam: no torch before this line
 
-    from ddp_circles.run import fit
-
-    @record
-    def fit_or_refuse() -> int:
-        try:
-            fit(config)
-        except UserError as error:
-            return cli.refuse(ranks, error)
-        return 0
-
-    return fit_or_refuse() or 0
+    fit(config)
+    return 0
 
 
 def parse_command_line(arguments: list[str], *, quiet: bool = False) -> Config:

@@ -1,1 +1,1 @@
-"""Being one of many processes: who this process is, the group it belongs to, and what may happen to either."""
+"""Being one of many processes: ranks, the process group, devices, stop requests, lost peers, planned faults."""

@@ -1,4 +1,4 @@
-"""Which device a rank computes on, and whether those of all ranks make one job."""
+"""Devices: the choice for one rank, and the check that those of all ranks make one job."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from ddp_circles.errors import UserError
 
 
 def choose_device(device: str, backend: str, local_rank: int) -> tuple[torch.device, str]:
-    """The torch device of a rank and the backend for it.
+    """Choose the torch device of a rank and the backend for it.
 
-    `device`: `auto`, `cpu` or `cuda`. `backend`: `auto`, `gloo` or `nccl`. `local_rank`: which rank of its node it is.
-    Raises `UserError` for what is not there.
+    `device`: `auto`, `cpu` or `cuda`. `backend`: `auto`, `gloo` or `nccl`. `local_rank`: the rank within its node.
+    Raises `UserError` for a device or backend that this machine lacks.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
@@ -31,12 +31,12 @@ def choose_device(device: str, backend: str, local_rank: int) -> tuple[torch.dev
 
 
 def device_uuid(device: torch.device) -> str:
-    """The GPU's own name, by which it is known whatever number it has in a process; empty for the CPU."""
+    """The GPU's unique id, whatever its number in this process; empty for the CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 class Place(NamedTuple):
-    """Where one rank computes, or why it cannot; what the ranks compare before they meet."""
+    """The device of one rank, or the reason why it has none; compared before the ranks join."""
 
     host: str
     kind: str = ""
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 def why_not_together(places: Sequence[Place]) -> str:
-    """What keeps ranks at these places from being one job; empty if nothing does."""
+    """The reason why ranks at these places cannot be one job; empty if they can."""
     if refusal := first_refusal([(place.host, place.refusal) for place in places]):
         return refusal
     kinds, users = defaultdict(list), defaultdict(list)
@@ -66,7 +66,7 @@ def why_not_together(places: Sequence[Place]) -> str:
 
 
 def first_refusal(found: Sequence[tuple[str, str]]) -> str:
-    """The first refusal in every rank's host and refusal, with the rank if not all say it; empty if there is none."""
+    """The first refusal among all ranks' (host, refusal), with its rank unless all agree; empty if there is none."""
     refusals = {refusal for _, refusal in found}
     if len(refusals) == 1:
         return refusals.pop()

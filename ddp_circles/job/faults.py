@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KINDS = ("kill", "raise", "stall", "nan")
-"""What can happen to a training; `ddp_circles.verify` rehearses `kill`, `stall` and others of its own."""
+"""Faults of a training; `ddp_circles.verify` rehearses `kill`, `stall` and others of its own."""
 
 
 class InjectedFaultError(RuntimeError):

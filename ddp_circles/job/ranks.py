@@ -1,4 +1,4 @@
-"""From the launcher's environment to ranks. The only module that reads launcher variables; imports no torch."""
+"""The launcher's environment, read into ranks. The only module that reads launcher variables; imports no torch."""
 
 import os
 import re
@@ -11,25 +11,25 @@ from pathlib import Path
 from ddp_circles.errors import UserError
 
 LAUNCH_VARIABLE = "DDP_CIRCLES_START"
-"""Set by launchers that start the ranks again by themselves: names the launch through all of that."""
+"""Set by launchers that restart the ranks by themselves: a name of the launch that survives restarts."""
 
 _parents: dict[int, int] = {}
 
 
 def parent_at_start() -> int:
-    """The process that started this one, as it was when this was first called here: it may be gone by now."""
+    """The id of the process that started this one, as it was at the first call here: it may be gone by now."""
     return _parents.setdefault(os.getpid(), os.getppid())
 
 
 def set_thread_variables(threads: int) -> None:
-    """Make the math libraries use `threads` CPU threads; they read the variables when torch is imported."""
+    """Tell the math libraries to use `threads` CPU threads; they read the variables when torch is imported."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among all processes of the job."""
+    """The place of this process among all processes of the job."""
 
     rank: int = 0
     world_size: int = 1
@@ -39,29 +39,31 @@ class Ranks:
     launcher: str = "one process"
     """`torchrun`, `srun` or `one process`."""
     job_id: str | None = None
-    """The launcher's name of the run, the same after a restart or requeue; None where it has none."""
+    """The launcher's name for the run, the same after a restart or requeue; None if it has none."""
     restarts: int = 0
-    """How often torchrun has restarted the workers."""
+    """Restarts of the workers by torchrun so far."""
     launch: str | None = None
-    """The launcher's name of this launch, the same after a requeue or retry; None where it does neither."""
+    """The name of this launch, the same after a requeue or retry; None if the launcher does neither."""
     store_address: tuple[str, int] | None = None
-    """Where the ranks meet; None for one process."""
+    """Host and port of the ranks' store; None for one process."""
     store_is_the_agents: bool = False
-    """Whether torchrun's agent holds the store, so that it outlives the workers."""
+    """True if torchrun's agent holds the store, which then outlives the workers."""
+    error_file: Path | None = None
+    """The file in which torchrun's agent looks for the error that ended this rank; None without an agent."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is global rank 0, the one that speaks and writes."""
+        """True for global rank 0, which speaks and writes."""
         return self.rank == 0
 
     @property
     def serves_store(self) -> bool:
-        """Whether the ranks' store lives in this process."""
+        """True if the ranks' store lives in this process."""
         return self.rank == 0 and self.store_address is not None and not self.store_is_the_agents
 
     @property
     def launched(self) -> bool:
-        """Whether a launcher started this process and looks after it."""
+        """True if a launcher started this process and looks after it."""
         return self.launcher != "one process"
 
 
@@ -98,6 +100,7 @@ def _checked(ranks: Ranks) -> Ranks:
 
 def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    error_file = environment.get("TORCHELASTIC_ERROR_FILE")
     return _checked(
         Ranks(
             rank=_number(environment, "RANK"),
@@ -111,6 +114,7 @@ def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
             launch=environment.get(LAUNCH_VARIABLE),
             store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
             store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            error_file=Path(error_file) if error_file else None,
         )
     )
 
@@ -137,7 +141,7 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
 
 
 def _tasks_here(environment: Mapping[str, str], world_size: int) -> int:
-    """How many of the step's tasks run on this node; Slurm writes 2, 2, 2 and 1 on four nodes as `2(x3),1`."""
+    """The number of the step's tasks on this node; Slurm writes 2, 2, 2 and 1 on four nodes as `2(x3),1`."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE", str(world_size))
     node = _number(environment, "SLURM_NODEID", 0)
     counts: list[int] = []

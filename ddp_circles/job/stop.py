@@ -16,14 +16,14 @@ class StopRequest:
         self._requested = False
 
     def __call__(self) -> bool:
-        """Whether a stop was asked for."""
+        """True once a stop was requested."""
         return self._requested
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over the three signals; to be entered before slow imports, in which a signal would be lost.
+        """Handle the three signals; enter it before slow imports, during which a signal would be lost.
 
-        Handlers belong to the process's main thread: elsewhere this changes nothing.
+        Handlers belong to the process's main thread: in another thread this changes nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -34,12 +34,12 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if self._set not in before.values():  # the outermost: a later training in this process starts afresh
+            if self._set not in before.values():  # the outermost one: a later training in this process starts afresh
                 self._requested = False
 
     @staticmethod
     def ignore() -> None:
-        """Let no late signal change the exit code of a process that is leaving."""
+        """Ignore signals from now on, so that a late one cannot change the exit code."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
@@ -51,4 +51,4 @@ class StopRequest:
 
 
 stop_requested = StopRequest()
-"""The process's own: signals know no finer scope."""
+"""One for the process: signals know no finer scope."""

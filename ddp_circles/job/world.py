@@ -1,4 +1,4 @@
-"""From ranks to a process group and back out of it. The only module that creates or destroys a process group."""
+"""The process group of all ranks. The only module that creates or destroys one."""
 
 import contextlib
 import itertools
@@ -21,13 +21,13 @@ from ddp_circles.job.ranks import Ranks, set_thread_variables
 
 SHARED_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 HEARING_SECONDS = 5.0
-"""How long the rank that serves the store stays, so that the others can read why the job is refused."""
+"""Time that the rank that serves the store gives the others to read why the job is refused."""
 
 T = TypeVar("T")
 
 _world_numbers = itertools.count()
 _stores: dict[tuple[str, int], Store] = {}
-"""Kept open for the life of the process: others may be in the next world before the rank that serves the store."""
+"""Kept open for the life of the process: other ranks may enter the next world before the rank that serves it."""
 
 
 def pin_threads(threads: int) -> None:
@@ -37,9 +37,9 @@ def pin_threads(threads: int) -> None:
 
 
 def _agree_on_device(store: Store, ranks: Ranks, device: str, backend: str) -> tuple[torch.device, str]:
-    """This rank's device and backend, once rank 0 has seen that those of all ranks go together.
+    """Choose this rank's device and backend; rank 0 checks that those of all ranks go together.
 
-    Raises the same `UserError` on all ranks where they do not.
+    Raises the same `UserError` on all ranks if they do not.
     """
     host, chosen = socket.gethostname(), None
     try:
@@ -47,7 +47,7 @@ def _agree_on_device(store: Store, ranks: Ranks, device: str, backend: str) -> t
         if chosen[0].type == "cuda":
             torch.cuda.set_device(chosen[0])
         place = Place(host, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
-    except (UserError, RuntimeError) as error:  # the latter from a GPU that is there and does not work
+    except (UserError, RuntimeError) as error:  # RuntimeError: the GPU is there and does not work
         place = Place(host, refusal=str(error))
     store.set(f"place/{ranks.rank}", json.dumps(place))
     if ranks.is_main:
@@ -73,11 +73,11 @@ class World:
         self.device = device
         self.backend = backend
         self.store = store
-        """Where the ranks of this start meet."""
+        """The key-value store of this start's ranks."""
         self.timeout = timeout
         """Seconds that a collective may take."""
         self.number = number
-        """How many worlds this process had opened before, as the other ranks had."""
+        """Worlds that this process has opened before; the same on all ranks."""
 
     @property
     def patience(self) -> float:
@@ -85,19 +85,19 @@ class World:
         return 0.9 * self.timeout
 
     def describe(self) -> str:
-        """One phrase for the log: how many ranks, who started them, what they compute on."""
+        """A phrase for the log: the ranks, their launcher, their device."""
         ranks = self.ranks
         count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
         nodes = f" on {ranks.nodes} nodes" if ranks.nodes > 1 else ""
         return f"{count}{nodes} ({ranks.launcher}), {self.device.type}, {self.backend}"
 
     def agree_on_first(self, word: str) -> str:
-        """Of all words given in this world, and before a restart of the workers in the same one, the first."""
+        """The first value any rank proposes wins; it survives a restart of the workers."""
         lasting = getattr(self.store, "underlying_store", self.store)
         return lasting.compare_set(f"ddp_circles/first word {self.number}", "", word).decode()
 
     def sum(self, integers: Tensor) -> Tensor:
-        """Add up `integers` over all ranks, in place; the sum of int64 has the same bits in any order."""
+        """Sum int64 `integers` over all ranks, in place; the bits do not depend on the order of addition."""
         if self.ranks.world_size > 1:
             dist.all_reduce(integers)
         return integers
@@ -115,7 +115,7 @@ class World:
         return box
 
     def together(self, action: Callable[[], T]) -> T:
-        """What `action` returns here; where it is refused on any rank, all ranks raise the same `UserError`."""
+        """Call `action` on every rank; if any rank refuses with a `UserError`, all ranks raise the same one."""
         done: list[T] = []
         refusal = ""
         try:
@@ -129,11 +129,11 @@ class World:
 
 @contextmanager
 def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> Iterator[World]:
-    """Join the process group of all ranks, and leave it whatever happens.
+    """Join the process group of all ranks, and leave it whatever happens; a world of one is a world too.
 
-    `device` and `backend` as in the configuration. `timeout`: seconds that a collective may take. A world of one is a
-    world too. Raises `ConnectionError` if the ranks do not find each other, and the same `UserError` on all ranks if
-    they would look for each other at stale addresses, or if their devices do not go together.
+    `device` and `backend` as in the configuration. `timeout`: seconds that a collective may take. Raises
+    `ConnectionError` if the ranks do not find each other, and the same `UserError` on all ranks if their devices do not
+    go together or if they would look for each other at stale addresses.
     """
     card = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     number = next(_world_numbers)
@@ -163,11 +163,11 @@ def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> Itera
 
 
 def _open_store(ranks: Ranks, timeout: timedelta, number: int) -> Store:
-    """The store in which the ranks meet: a name space of its own for each restart, and for each world of a process."""
+    """Open the ranks' key-value store, with a name space for each restart and each world of a process."""
     if ranks.store_address is None:
         return HashStore()
     store = _stores[ranks.store_address] = _stores.get(ranks.store_address) or _connect(ranks, timeout)
-    # An agent's store outlives the workers. Any other is new at each start, and then the nodes' counts may differ.
+    # An agent's store outlives the workers. Any other is new at each start, where the nodes' restart counts may differ.
     return PrefixStore(f"start {ranks.restarts if ranks.store_is_the_agents else 0} world {number}", store)
 
 
@@ -180,15 +180,15 @@ def _connect(ranks: Ranks, timeout: timedelta) -> Store:
         )
     host, port = ranks.store_address
     if ranks.store_is_the_agents:
-        # It stood before this process began: if nobody answers, the launcher is gone, and waiting is in vain.
+        # It was there before this process: if nobody answers, the launcher is gone and waiting is in vain.
         socket.create_connection((host, port), timeout.total_seconds()).close()
     serves = ranks.serves_store
     return TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether `error` says that a collective failed because another rank is gone or silent."""
-    if isinstance(error, BrokenPipeError):  # who read what is printed here has left, and no rank
+    """True if `error` says that a collective failed because another rank is gone or silent."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output left, not a rank
         return False
     if isinstance(error, (dist.DistError, ConnectionError)):
         return True
@@ -196,7 +196,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
-    """What the bits of a result depend on besides the configuration; equal on ranks that compute alike."""
+    """Everything besides the configuration that a result's bits depend on; equal on ranks that compute alike."""
     on_cuda = device.type == "cuda"
     return {
         "torch": str(torch.__version__),

@@ -1,1 +1,1 @@
-"""What a run leaves behind, written by rank 0 alone: checkpoints, metrics, the model, pictures, a copy for W&B."""
+"""The files of a run, written by rank 0 alone: checkpoints, metrics, the model, pictures, a copy for W&B."""

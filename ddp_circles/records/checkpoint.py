@@ -27,13 +27,13 @@ def encode(state: State) -> bytes:
 
 
 def decode(content: bytes) -> State:
-    """The state in a checkpoint file's bytes; `ValueError` for damage and for anything but tensors and plain values."""
+    """The state in a checkpoint file's bytes; raises `ValueError` for damage and for other than plain values."""
     digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         raise ValueError("its checksum does not match: it is cut short or damaged")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception:  # what unpickling a stranger's bytes raises is not bounded
+    except Exception:  # unpickling a stranger's bytes may raise anything
         raise ValueError("it holds something other than tensors and plain values") from None
     if not isinstance(state, dict):
         raise ValueError("it is not a checkpoint of this package")  # noqa: TRY004 - damage, not a wrong call
@@ -51,7 +51,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.checkpoint"), reverse=True)
 
     def save(self, state: State, step: int) -> Path:
-        """Write `state` after `step` global steps and drop the oldest files; raises `OSError`, the others intact."""
+        """Write `state` after `step` global steps and drop the oldest files; an `OSError` leaves the others intact."""
         path = self.folder / f"step-{step:012d}.checkpoint"
         write_atomically(path, encode(state))
         for old in self.files()[KEEP:]:
@@ -81,5 +81,5 @@ class Checkpoints:
         return b"", []
 
     def sweep(self) -> None:
-        """Remove what a killed write left behind."""
+        """Remove the leftovers of killed writes."""
         sweep(self.folder)

@@ -1,4 +1,4 @@
-"""What happens around the loop on a rank: heartbeats, planned faults, times; and on rank 0, everything written."""
+"""The loop's surroundings on a rank: heartbeats, planned faults, times; and on rank 0, everything that is written."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +21,14 @@ from ddp_circles.records.wandb_follower import WandbFollower
 from ddp_circles.terminal import warn
 
 FINISHED_SECONDS = 60.0
-"""How long the end of a finished run waits for the copy at Weights & Biases."""
+"""Longest wait for the copy at Weights & Biases at the end of a finished run."""
 UNFINISHED_SECONDS = 3.0
-"""How long the end of a run that was stopped, or failed, waits for it."""
+"""Longest wait for it at the end of a run that was stopped, or failed."""
 
 
 @dataclass
 class Writer:
-    """What only rank 0 has: where a run is written to, and how often."""
+    """The outputs of a run and how often they are written; only rank 0 has them."""
 
     run_dir: RunDir
     metrics_file: MetricsFile
@@ -85,7 +85,7 @@ class Recorder:
             self._rehearsal.reach(step)
 
     def stop_requested(self) -> bool:
-        """Whether this rank was asked to stop."""
+        """True once this rank was asked to stop."""
         return stop_requested()
 
     def phase(self, name: str, progress: Progress) -> None:
@@ -118,7 +118,7 @@ class Recorder:
             self._writer.console.log(self.metrics)
 
     def save_due(self, steps_done: int) -> bool:
-        """Whether enough time or steps have passed; only ever on rank 0."""
+        """True when enough time or steps have passed; always False on ranks other than 0."""
         writer = self._writer
         if writer is None:
             return False
@@ -136,7 +136,7 @@ class Recorder:
             self._saved_at, self._saved_step = time.monotonic(), self.global_step(progress)
 
     def save_or_raise(self, progress: Progress) -> None:
-        """Write a checkpoint, after making durable every metrics line that it stands behind; raises `OSError`."""
+        """Write a checkpoint, after making every metrics line before it durable; raises `OSError`."""
         writer, step = self._writer, self.global_step(progress)
         if writer is None:
             return
@@ -156,7 +156,7 @@ class Recorder:
 
     @contextmanager
     def running(self, progress: Progress, config_toml: str) -> Iterator[None]:
-        """Keep the file `status` true while the body trains; there is a checkpoint from the first moment."""
+        """Keep the file `status` true while the body trains; a first checkpoint is written before it."""
         try:
             if self._writer is not None:
                 self._begin(self._writer, progress, config_toml)
@@ -202,7 +202,7 @@ class Recorder:
             writer.follower.wait(FINISHED_SECONDS)
 
     def close(self) -> None:
-        """Let go of files and of the copy at Weights & Biases, in bounded time; does nothing the second time."""
+        """Close the files and the copy at Weights & Biases, in bounded time; does nothing the second time."""
         writer = self._writer
         if writer is None:
             return

@@ -1,4 +1,4 @@
-"""How a run is found at start-up: the ranks compared, the run directory locked, the newest good checkpoint read."""
+"""The start-up of a run: ranks are compared, the run directory locked, the newest good checkpoint read."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,17 +24,17 @@ class Found:
     state: dict[str, Any]
     """The newest good checkpoint; empty for a new run."""
     finished: bool
-    """Whether the run directory says that the run is finished."""
+    """True if the run directory says that the run is finished."""
     fingerprint: dict[str, str]
-    """What this rank's bits depend on besides the configuration."""
+    """Everything besides the configuration that this rank's bits depend on."""
     launches: list[str]
     """The launchers' names of this launch, over all ranks."""
     settings: dict[str, Any]
-    """What the run cannot change when it is continued."""
+    """Settings that cannot change when the run is continued."""
     run_dir: RunDir | None
 
     def is_done(self, epochs: int) -> bool:
-        """Whether nothing is left to train; raises `UserError` for `epochs` that lie behind the checkpoint."""
+        """True if nothing is left to train; raises `UserError` if the checkpoint is past the end of `epochs`."""
         if not self.state:
             return False
         if self.finished and self.state["epoch"] >= epochs:
@@ -47,7 +47,7 @@ class Found:
         return False
 
     def restore_model(self, model: nn.Module) -> None:
-        """Put the checkpoint's model state into `model`; raises `UserError` for that of another model."""
+        """Load the checkpoint's weights into `model`; raises `UserError` if they are those of another model."""
         if not self.state:
             return
         try:
@@ -56,7 +56,7 @@ class Found:
             raise UserError(f"{self.path} holds a run of another model: {error}. Choose another --run-dir") from None
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
-        """Put the checkpoint's state back; returns where it leaves the run."""
+        """Load the checkpoint's state; returns how far the run has come."""
         state = self.state
         if not state:
             return Progress()
@@ -67,7 +67,7 @@ class Found:
         return Progress(state["epoch"], state["step"], Tally(*state["train"]))
 
     def close(self) -> None:
-        """Give the run directory free."""
+        """Release the run directory."""
         if self.run_dir is not None:
             self.run_dir.close()
 
@@ -82,9 +82,9 @@ def open_run(
     threads: int,
     fault_rank: int | None,
 ) -> Found:
-    """Rank 0 locks and reads the run directory; all ranks get what it found, or raise the same `UserError`.
+    """Lock and read the run directory on rank 0; returns the result on all ranks, or raises the same `UserError`.
 
-    `settings`: what a run cannot change when it is continued, by name. `data`: the digest of samples that do not follow
+    `settings`: what cannot change when the run is continued, by name. `data`: the digest of samples that do not follow
     from the settings; must be the same on all ranks, and when the run is continued. `fault_rank`: must be a rank of
     this world when the run is new.
     """
@@ -110,7 +110,7 @@ def open_run(
 def _read(
     world: World, run_dir: RunDir, resume: str, launches: list[str], settings: dict[str, Any], fault_rank: int | None
 ) -> tuple[bytes, bool]:
-    """The newest good checkpoint's bytes, and whether the run is finished."""
+    """The newest good checkpoint's bytes, and True if the run is finished."""
     checkpoints = Checkpoints(run_dir.checkpoints)
     checkpoints.sweep()
     if resume == "never" and not world.ranks.restarts and not _was_begun_by(launches, checkpoints):
@@ -135,7 +135,7 @@ def _read(
 
 
 def _was_begun_by(launches: list[str], checkpoints: Checkpoints) -> bool:
-    """Whether this very launch made the checkpoints: it may be here again after a requeue, a retry or a lost node."""
+    """True if this very launch made the checkpoints: it returns after a requeue, a retry or a lost node."""
     try:
         content, _ = checkpoints.load_newest()
     except UserError:
@@ -144,7 +144,7 @@ def _was_begun_by(launches: list[str], checkpoints: Checkpoints) -> bool:
 
 
 def _run_name(world: World) -> str:
-    """The launcher's name of the run; else the time at which it was first started, kept over restarts.
+    """The launcher's name for the run; else the time of its first start, which survives restarts.
 
     From the second training of a process on, the launcher's name is numbered.
     """
@@ -157,7 +157,7 @@ def _run_name(world: World) -> str:
 
 
 def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
-    """Refuse to continue what was begun with other settings."""
+    """Refuse to continue a run with other settings than it began with."""
     advice = "Choose another --run-dir, or start over in this one with --resume never"
     if before["data"] != now["data"]:
         raise UserError(f"{path} holds a run with other data. {advice}")

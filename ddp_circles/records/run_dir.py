@@ -16,11 +16,11 @@ from ddp_circles.records.files import sweep, write_atomically
 
 Status = Literal["running", "stopped", "finished", "failed"]
 LOCK_WAIT_SECONDS = 20.0
-"""How long a start waits for the last one's processes to leave; longer than they need after a kill."""
+"""Time that a start gives the processes of the one before to leave; more than they need after a kill."""
 
 
 class RunDir:
-    """The folder `path` and what is in it."""
+    """The folder `path` and the files in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class RunDir:
             raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._lock.release()
 
     @property
@@ -63,7 +63,7 @@ class RunDir:
     def _read_holder(self) -> str:
         try:
             return self._holder.read_text()
-        except OSError:  # it has the lock and has not said yet who it is
+        except OSError:  # it has just taken the lock and not written its name yet
             return "another process"
 
     @property
@@ -75,19 +75,19 @@ class RunDir:
             return None
 
     def set_status(self, status: Status) -> None:
-        """Say in one word how the run is."""
+        """Write the state of the run, one word."""
         write_atomically(self.path / "status", f"{status}\n".encode())
 
     def write_config(self, toml: str) -> None:
-        """Store the resolved configuration."""
+        """Write the resolved configuration."""
         write_atomically(self.path / "config.toml", toml.encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Store the run's last figures."""
+        """Write the run's last figures."""
         write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
     def write_model(self, state: dict[str, Tensor]) -> str:
-        """Store `state` as safetensors, the same bytes for the same bits; returns the file's SHA-256."""
+        """Write `state` as safetensors, the same bytes for the same bits; returns the file's SHA-256."""
         # Copies, since tied weights are one tensor under two names, and safetensors takes each memory once.
         copies = {name: value.detach().cpu().clone(memory_format=contiguous_format) for name, value in state.items()}
         content = safetensors_bytes(copies)
@@ -95,7 +95,7 @@ class RunDir:
         return hashlib.sha256(content).hexdigest()
 
     def clear(self) -> None:
-        """Forget an earlier run, so that a new one starts from nothing."""
+        """Delete what an earlier run left, so that a new one starts from nothing."""
         for checkpoint in sorted(self.checkpoints.iterdir(), reverse=True):
             checkpoint.unlink()
         for stale in (self.metrics, self.model, self.path / "summary.json", self.path / "fault"):

@@ -121,7 +121,7 @@ def _make_training(
         reducer=ExactReducer(
             model,
             replica,
-            streams=workload.micro_batches,
+            micro_batches=workload.micro_batches,
             owned=-(-workload.micro_batches // world.ranks.world_size),
             tally=tally,
             stop_requested=lambda: False,
@@ -146,7 +146,7 @@ def _train(training: Training, witness: "Witness") -> Run:
         witness.close_step()
     sums, noted = witness.figures()
     ranks = training.world.ranks
-    owned = range(ranks.rank, training.reducer.streams, ranks.world_size)
+    owned = range(ranks.rank, training.reducer.micro_batches, ranks.world_size)
     shares = {stream: noted[number :: len(owned)] for number, stream in enumerate(owned)}
     return Run(_digest(training.model, witness.tallies, ended), sums, shares)
 

@@ -23,16 +23,16 @@ from ddp_circles.metrics import LocalTally
 from ddp_circles.models import Classifier, loss_sum
 
 CPU = torch.device("cpu")
-STREAMS = 8
-IN_RANGE = largest_term(STREAMS, GRADIENT_BITS)
+MICRO_BATCHES = 8
+IN_RANGE = largest_term(MICRO_BATCHES, GRADIENT_BITS)
 
 any_float = st.floats(width=32)
 in_range = st.floats(width=32, min_value=-IN_RANGE, max_value=IN_RANGE, exclude_min=True, exclude_max=True)
 
 
 def terms(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[list[float]]]:
-    """The gradients of up to `STREAMS` micro-batches, three elements each."""
-    return st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=STREAMS)
+    """The gradients of up to `MICRO_BATCHES` micro-batches, three elements each."""
+    return st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=MICRO_BATCHES)
 
 
 def tally_of(*losses: float) -> LocalTally:
@@ -43,15 +43,15 @@ def tally_of(*losses: float) -> LocalTally:
     return tally
 
 
-def make_reducer(model: nn.Module, owned: int = STREAMS, tally: LocalTally | None = None) -> ExactReducer:
+def make_reducer(model: nn.Module, owned: int = MICRO_BATCHES, tally: LocalTally | None = None) -> ExactReducer:
     """A reducer at world one, which has seen a loss of 0 if nothing else is said."""
     tally = tally or tally_of(0.0)
     return ExactReducer(
-        model, model, streams=STREAMS, owned=owned, tally=tally, stop_requested=lambda: False, device=CPU
+        model, model, micro_batches=MICRO_BATCHES, owned=owned, tally=tally, stop_requested=lambda: False, device=CPU
     )
 
 
-def sum_on_one_rank(gradients: Sequence[Sequence[float]], rows: int = STREAMS) -> tuple[Tensor, int]:
+def sum_on_one_rank(gradients: Sequence[Sequence[float]], rows: int = MICRO_BATCHES) -> tuple[Tensor, int]:
     """What one rank's reducer makes of the gradients of a step, and how many values it found out of range."""
     model = nn.Linear(3, 1, bias=False)
     reducer = make_reducer(model, owned=rows)
@@ -79,7 +79,7 @@ def test_a_sum_is_rounded_once(integer: int) -> None:
 @given(gradients=terms(in_range), data=st.data())
 def test_order_and_rows_do_not_change_a_bit(gradients: list[list[float]], data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(gradients))
-    rows = data.draw(st.integers(1, STREAMS))
+    rows = data.draw(st.integers(1, MICRO_BATCHES))
     expected, _ = sum_on_one_rank(gradients)
     assert sum_on_one_rank(shuffled, rows)[0].numpy().tobytes() == expected.numpy().tobytes()
 
@@ -137,22 +137,22 @@ def test_largest_terms_do_not_wrap_round(bits: int, count: int) -> None:
 
 @settings(deadline=None)
 @given(
-    losses=st.lists(st.floats(0, 250, width=32), min_size=STREAMS, max_size=STREAMS),
+    losses=st.lists(st.floats(0, 250, width=32), min_size=MICRO_BATCHES, max_size=MICRO_BATCHES),
     data=st.data(),
 )
 def test_loss_sums_of_a_billion_samples_are_exact(losses: list[float], data: st.DataObject) -> None:
-    shares = [torch.tensor(loss * (10**9 // STREAMS)) for loss in losses]
-    owners = data.draw(st.lists(st.integers(0, 2), min_size=STREAMS, max_size=STREAMS))
+    shares = [torch.tensor(loss * (10**9 // MICRO_BATCHES)) for loss in losses]
+    owners = data.draw(st.lists(st.integers(0, 2), min_size=MICRO_BATCHES, max_size=MICRO_BATCHES))
     ranks = [LocalTally(CPU) for _ in range(3)]
     for share, owner in zip(shares, owners, strict=True):
         ranks[owner].add(share, torch.zeros(2), torch.zeros(2))
-    units, correct, out_of_range = torch.stack([rank.take(STREAMS) for rank in ranks]).sum(0).tolist()
+    units, correct, out_of_range = torch.stack([rank.take(MICRO_BATCHES) for rank in ranks]).sum(0).tolist()
     assert units == sum(round(Fraction(share.item()) * 2**LOSS_BITS) for share in shares)
-    assert correct == 2 * STREAMS
+    assert correct == 2 * MICRO_BATCHES
     assert out_of_range == 0
 
 
-LOSS_LIMIT = largest_term(STREAMS, LOSS_BITS)
+LOSS_LIMIT = largest_term(MICRO_BATCHES, LOSS_BITS)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, LOSS_LIMIT, -LOSS_LIMIT, 1e30])
@@ -163,7 +163,7 @@ def test_loss_out_of_range_is_noticed(loss: float) -> None:
 @settings(deadline=None)
 @given(losses=st.lists(st.floats(-LOSS_LIMIT, LOSS_LIMIT, width=32, exclude_min=True, exclude_max=True), min_size=1))
 def test_losses_ride_along_as_they_are_counted_alone(losses: list[float]) -> None:
-    losses = losses[:STREAMS]
+    losses = losses[:MICRO_BATCHES]
     units = sum(round(Fraction(loss) * 2**LOSS_BITS) for loss in losses)
     assert sums_of_losses(losses) == [units, len(losses), 0, 0]
 
@@ -192,8 +192,8 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
     for _ in range(100):
         chosen = torch.randint(len(inputs), (64,), generator=generator)
         truth = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
-        for stream, (_, context) in enumerate(reducer.passes(STREAMS)):
-            share = chosen[stream::STREAMS]
+        for number, (_, context) in enumerate(reducer.passes(MICRO_BATCHES)):
+            share = chosen[number::MICRO_BATCHES]
             logits = model(inputs[share])
             loss = loss_sum(logits, targets[share])
             tally.add(loss, logits, targets[share])
@@ -204,7 +204,7 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
                     parameter.grad = gradient
         summed = torch.cat([cast(Tensor, parameter.grad).flatten() for parameter in parameters])
         error = (summed.double() - truth).abs()
-        assert (error <= STREAMS * 2.0 ** -(GRADIENT_BITS + 1) + truth.abs() * 2.0**-24).all()
+        assert (error <= MICRO_BATCHES * 2.0 ** -(GRADIENT_BITS + 1) + truth.abs() * 2.0**-24).all()
         differing += int((summed != truth.float()).sum())
         elements += summed.numel()
         for parameter in parameters:
@@ -353,7 +353,7 @@ def test_the_sum_of_all_ranks_replaces_the_ranks_own_gradients(network: FakeNetw
 
 
 def test_few_gradients_wait_where_the_model_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = sum_on_one_rank([[1.0, 2.0, 3.0]] * STREAMS)
+    expected, _ = sum_on_one_rank([[1.0, 2.0, 3.0]] * MICRO_BATCHES)
     monkeypatch.setattr(exact, "WAITING_ELEMENTS", 7)
     model = nn.Linear(3, 1, bias=False)
     reducer = make_reducer(model)
@@ -361,4 +361,4 @@ def test_few_gradients_wait_where_the_model_is_large(monkeypatch: pytest.MonkeyP
         model.weight.grad = torch.ones(1, 3)
         reducer.accumulate()
         assert len(reducer._waiting) == waiting
-    assert torch.equal(sum_on_one_rank([[1.0, 2.0, 3.0]] * STREAMS)[0], expected)
+    assert torch.equal(sum_on_one_rank([[1.0, 2.0, 3.0]] * MICRO_BATCHES)[0], expected)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
 from ddp_circles.data import Dataset
-from ddp_circles.loop import streams_of
+from ddp_circles.loop import shares_of
 from ddp_circles.sharding import Sharding, TensorSampler
 
 SAMPLES = st.integers(1, 400)
 BATCH_SIZES = st.integers(1, 450)
-STREAMS = st.integers(1, 20)
+MICRO_BATCHES = st.integers(1, 20)
 WORLD_SIZES = st.integers(1, 9)
 SEEDS = st.integers(0, 2**32 - 1)
 EPOCHS = st.integers(0, 1000)
@@ -29,19 +29,19 @@ def distributed_sampler(samples: int, replicas: int, rank: int, seed: int) -> Di
 
 
 def own_steps(
-    samples: int, batch_size: int, streams: int, rank: int, world_size: int, order: torch.Tensor
+    samples: int, batch_size: int, micro_batches: int, rank: int, world_size: int, order: torch.Tensor
 ) -> list[set[int]]:
     """The samples that one rank uses in each step; fails if it uses one twice."""
     everything = torch.arange(samples)
-    sharding = Sharding(samples, batch_size, streams, rank, world_size)
-    shares = streams_of(Dataset(everything, everything), order, sharding)
+    sharding = Sharding(samples, batch_size, micro_batches, rank, world_size)
+    shares = shares_of(Dataset(everything, everything), order, sharding)
     steps = []
     for step in range(sharding.steps):
         used: list[int] = []
-        for stream in sharding.owned():
-            start, stop = sharding.bounds(step, stream)
-            assert 0 <= start <= stop <= len(shares[stream].inputs)
-            used += shares[stream].inputs[start:stop].tolist()
+        for number in sharding.owned():
+            start, stop = sharding.bounds(step, number)
+            assert 0 <= start <= stop <= len(shares[number].inputs)
+            used += shares[number].inputs[start:stop].tolist()
         assert len(set(used)) == len(used)
         steps.append(set(used))
     return steps
@@ -58,28 +58,35 @@ def test_the_order_is_that_of_distributed_sampler(samples: int, seed: int, epoch
 
 
 @few
-@given(samples=SAMPLES, streams=STREAMS, seed=SEEDS, epoch=EPOCHS)
-def test_a_stream_is_what_distributed_sampler_gives_a_replica(
-    samples: int, streams: int, seed: int, epoch: int
+@given(samples=SAMPLES, micro_batches=MICRO_BATCHES, seed=SEEDS, epoch=EPOCHS)
+def test_a_micro_batch_is_what_distributed_sampler_gives_a_replica(
+    samples: int, micro_batches: int, seed: int, epoch: int
 ) -> None:
     order = TensorSampler(samples, seed=seed).order(epoch)
     everything = torch.arange(samples)
-    shares = streams_of(Dataset(everything, everything), order, Sharding(samples, samples, streams, 0, 1))
-    for stream in range(streams):
-        theirs = distributed_sampler(samples, streams, stream, seed)
+    shares = shares_of(Dataset(everything, everything), order, Sharding(samples, samples, micro_batches, 0, 1))
+    for number in range(micro_batches):
+        theirs = distributed_sampler(samples, micro_batches, number, seed)
         theirs.set_epoch(epoch)
         padded = list(theirs)
-        unpadded = [index for turn, index in enumerate(padded) if stream + turn * streams < samples]
-        assert shares[stream].inputs.tolist() == unpadded
+        unpadded = [index for turn, index in enumerate(padded) if number + turn * micro_batches < samples]
+        assert shares[number].inputs.tolist() == unpadded
 
 
 @few
-@given(samples=SAMPLES, batch_size=BATCH_SIZES, streams=STREAMS, world_size=WORLD_SIZES, seed=SEEDS, epoch=EPOCHS)
+@given(
+    samples=SAMPLES,
+    batch_size=BATCH_SIZES,
+    micro_batches=MICRO_BATCHES,
+    world_size=WORLD_SIZES,
+    seed=SEEDS,
+    epoch=EPOCHS,
+)
 def test_each_step_takes_the_same_samples_in_every_world(
-    samples: int, batch_size: int, streams: int, world_size: int, seed: int, epoch: int
+    samples: int, batch_size: int, micro_batches: int, world_size: int, seed: int, epoch: int
 ) -> None:
     order = TensorSampler(samples, seed=seed).order(epoch)
-    ranks = [own_steps(samples, batch_size, streams, rank, world_size, order) for rank in range(world_size)]
+    ranks = [own_steps(samples, batch_size, micro_batches, rank, world_size, order) for rank in range(world_size)]
     shuffled = order.tolist()
     batches = [set(shuffled[first : first + batch_size]) for first in range(0, samples, batch_size)]
     assert {len(steps) for steps in ranks} == {len(batches)}  # all ranks take part in all steps
@@ -90,13 +97,13 @@ def test_each_step_takes_the_same_samples_in_every_world(
 
 
 @few
-@given(samples=SAMPLES, batch_size=BATCH_SIZES, streams=STREAMS, world_size=WORLD_SIZES)
-def test_each_sample_is_used_once_per_epoch(samples: int, batch_size: int, streams: int, world_size: int) -> None:
+@given(samples=SAMPLES, batch_size=BATCH_SIZES, micro_batches=MICRO_BATCHES, world_size=WORLD_SIZES)
+def test_each_sample_is_used_once_per_epoch(samples: int, batch_size: int, micro_batches: int, world_size: int) -> None:
     in_place = torch.arange(samples)
     used = [
         index
         for rank in range(world_size)
-        for step in own_steps(samples, batch_size, streams, rank, world_size, in_place)
+        for step in own_steps(samples, batch_size, micro_batches, rank, world_size, in_place)
         for index in step
     ]
     assert sorted(used) == list(range(samples))
@@ -111,17 +118,17 @@ def test_step_sizes_add_up(samples: int, batch_size: int) -> None:
     assert 1 <= sizes[-1] <= batch_size
 
 
-@given(samples=SAMPLES, batch_size=BATCH_SIZES, streams=STREAMS)
-def test_the_streams_of_a_step_differ_by_one_sample_at_most(samples: int, batch_size: int, streams: int) -> None:
-    sharding = Sharding(samples, batch_size, streams, 0, 1)
+@given(samples=SAMPLES, batch_size=BATCH_SIZES, micro_batches=MICRO_BATCHES)
+def test_the_shares_of_a_step_differ_by_one_sample_at_most(samples: int, batch_size: int, micro_batches: int) -> None:
+    sharding = Sharding(samples, batch_size, micro_batches, 0, 1)
     for step in range(sharding.steps):
-        bounds = [sharding.bounds(step, stream) for stream in range(streams)]
+        bounds = [sharding.bounds(step, number) for number in range(micro_batches)]
         sizes = [stop - start for start, stop in bounds]
         assert max(sizes) - min(sizes) <= 1
         assert sum(sizes) == sharding.step_size(step)
 
 
-def test_each_stream_has_one_rank() -> None:
+def test_each_micro_batch_has_one_rank() -> None:
     owned = [list(Sharding(100, 10, 8, rank, 3).owned()) for rank in range(3)]
     assert owned == [[0, 3, 6], [1, 4, 7], [2, 5]]
     assert list(Sharding(100, 10, 2, 2, 3).owned()) == []
@@ -144,7 +151,7 @@ def test_ten_million_samples_make_no_list() -> None:
     tracemalloc.start()
     try:
         order = TensorSampler(samples, seed=42).order(3)
-        shares = streams_of(Dataset(everything, everything), order, sharding)
+        shares = shares_of(Dataset(everything, everything), order, sharding)
         for step in range(0, sharding.steps, 100):
             sharding.bounds(step, 5)
         _, peak = tracemalloc.get_traced_memory()
@@ -161,16 +168,16 @@ def test_ten_million_samples_make_no_list() -> None:
 
 def test_a_rank_among_many_does_its_own_share_and_no_more() -> None:
     """What one of 1,024 ranks holds and computes does not depend on how many others there are."""
-    samples, streams, world = 1024 * 50 + 7, 1024, 1024
+    samples, micro_batches, world = 1024 * 50 + 7, 1024, 1024
     order = TensorSampler(samples, seed=42).order(3)
     everything = torch.arange(samples)
     used = torch.zeros(samples, dtype=torch.int64)
     for rank in range(world):
-        sharding = Sharding(samples, 4096, streams, rank, world)
+        sharding = Sharding(samples, 4096, micro_batches, rank, world)
         assert list(sharding.owned()) == [rank]
-        [(stream, share)] = streams_of(Dataset(everything, everything), order, sharding).items()
+        [(number, share)] = shares_of(Dataset(everything, everything), order, sharding).items()
         assert len(share.inputs) in (50, 51)
         used[share.inputs] += 1
-        assert sharding.bounds(0, stream) == (0, 4)
-        assert sharding.bounds(sharding.steps - 1, stream)[1] == len(share.inputs)
+        assert sharding.bounds(0, number) == (0, 4)
+        assert sharding.bounds(sharding.steps - 1, number)[1] == len(share.inputs)
     assert (used == 1).all()

@@ -246,13 +246,13 @@ def test_threads_are_pinned_after_torch_is_imported_too() -> None:
 
 def refuse_on_one(rank: int) -> str:
     """The device of one rank is missing; each rank says why it was refused."""
-    from ddp_circles.job import devices
+    from ddp_circles.job import world
 
     ranks = read_ranks()
     fakes = {"is_available": lambda: ranks.rank != rank, "device_count": lambda: 1, "set_device": lambda _: None}
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
-    setattr(devices, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
+    setattr(world, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
     with pytest.raises(UserError) as refused, open_world(ranks, "cuda", "gloo", 30):
         pass
     return str(refused.value)
