@@ -214,19 +214,18 @@ def test_restarts_between_nodes_need_a_store_of_their_own() -> None:
         pass
 
 
-THREADS_PROGRAM = """
-from ddp_circles.job.world import pin_threads
-pin_threads(2)
-import os, torch
-print(torch.get_num_threads(), *(os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")))
-"""
-
-
-@pytest.mark.parametrize("inherited", [{}, {"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "5"}])
+@pytest.mark.parametrize(
+    "inherited",
+    [
+        {"OMP_NUM_THREADS": "7", "MKL_NUM_THREADS": "5"},
+        pytest.param({}, marks=pytest.mark.thorough),
+        pytest.param({"OMP_NUM_THREADS": "1"}, marks=pytest.mark.thorough),
+    ],
+)
 def test_threads_do_not_depend_on_the_launcher(inherited: dict[str, str]) -> None:
     """torchrun sets OMP_NUM_THREADS to 1 where it is not set."""
     done = subprocess.run(
-        [sys.executable, "-c", THREADS_PROGRAM],
+        [sys.executable, "-m", "tests.harness.programs.show_threads"],
         env=os.environ | inherited,
         capture_output=True,
         text=True,
