@@ -303,7 +303,7 @@ def train_lightning(job: Job, samples: Dataset, epochs: int) -> Figures:
         barebones=False,
     )
     circles = Circles()
-    loop.fit(circles, DataLoader(TensorDataset(*samples), batch_size=job.batch_size, shuffle=True))
+    trainer.fit(circles, DataLoader(TensorDataset(*samples), batch_size=job.batch_size, shuffle=True))
     return circles.figures
 
 

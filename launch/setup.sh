@@ -20,4 +20,4 @@ install_environment() (
 
 install_environment || return
 export PATH="$VIRTUAL_ENV/bin:$PATH"
-hash -r # where python3 was found before counts no more
+hash -r # forget the cached path of python3
