@@ -24,7 +24,7 @@ from ddp_circles.job.faults import Fault, Rehearsal
 from ddp_circles.job.ranks import continuing_command, read_ranks
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import WAITED, Watch
-from ddp_circles.job.world import World, is_lost_peer, open_world, pin_threads
+from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
 from ddp_circles.metrics import LocalTally, Progress
 from ddp_circles.models import Classifier, class_count, loss_sum
 from ddp_circles.records.console import Console
@@ -67,18 +67,17 @@ def fit(
     with stop_requested.listening():
         ranks = read_ranks()
         pin_threads(config.threads)
-        watch = Watch(ranks.rank, ranks.world_size, launched=ranks.launched)
-        watch.start()
-        try:
-            with open_world(ranks, config.device, config.backend, config.timeout) as world, ExitStack() as at_end:
-                watch.connect(world.store)
-                try:
-                    return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
-                except Exception as error:
-                    _leave(error, world, watch)
-                    raise
-        finally:
-            watch.stop()
+        with (
+            Watch(ranks) as watch,
+            open_world(ranks, config.device, config.backend, config.timeout) as world,
+            ExitStack() as at_end,
+        ):
+            watch.connect(world.store)
+            try:
+                return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
+            except Exception as error:
+                _leave(error, world, watch)
+                raise
 
 
 def _fit_in_world(
@@ -270,20 +269,15 @@ def _draw(config: Config, bare: nn.Module, split: Split, found: Found) -> None:
 
 def _leave(error: Exception, world: World, watch: Watch) -> None:
     """Turn what ended the training into how this rank ends, and tell the other ranks."""
-    ranks = world.ranks
     if isinstance(error, UserError):
         return
     if isinstance(error, StopRequestedError):
-        raise SystemExit(0 if ranks.launcher == "torchrun" else EXIT_STOPPED) from None
-    lost_peer = is_lost_peer(error)
-    with watch.patient_with_store():
-        watch.report_end(WAITED if lost_peer else f"raised {type(error).__name__}")
-        if lost_peer:
-            reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-            print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
-        elif isinstance(error, OutOfRangeError):
-            print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
-        if ranks.serves_store:
-            watch.linger()
-    if lost_peer or isinstance(error, OutOfRangeError):
+        raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
+    if is_lost_peer(error):
+        watch.last_words(WAITED, lambda missing: watch.say(f"lost a peer: {missing} ({first_sentence(error)})"))
         raise SystemExit(1) from None
+    if isinstance(error, OutOfRangeError):
+        watch.say(str(error))
+        watch.last_words("raised OutOfRangeError")
+        raise SystemExit(1) from None
+    watch.last_words(f"raised {type(error).__name__}")
