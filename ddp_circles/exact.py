@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_circles.errors import UserError
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
+from ddp_circles.job.watch import waiting
 from ddp_circles.metrics import LocalTally
 
 WAITING_ELEMENTS = 2**22
@@ -203,7 +204,8 @@ class ExactReducer:
         total = torch.cat([integers, self._metrics(rounded[size:], correct)])
         # Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
         # than the sum of a small model.
-        dist.all_reduce(total)
+        with waiting:
+            dist.all_reduce(total)
         self._sums = total[size:]
         self._integers = None
         self._reduced = True

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ddp_circles.data import Dataset
 from ddp_circles.errors import OutOfRangeError, StopRequestedError
 from ddp_circles.exact import Pass
+from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
 from ddp_circles.sharding import Sharding, TensorSampler
@@ -146,7 +147,7 @@ def evaluate(training: Training, progress: Progress, sharding: Sharding, shares:
     """Sum loss and accuracy over the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
     model, tally, total = training.model, training.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
-    reader = SumsReader(delay=0, seconds=training.world.patience)
+    reader = SumsReader(delay=0, seconds=training.world.patience, waiting=waiting)
     model.eval()
     for step in range(sharding.steps):
         for number, share in shares.items():
@@ -166,7 +167,8 @@ def evaluate(training: Training, progress: Progress, sharding: Sharding, shares:
 def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
     """The epoch's remaining steps; after each, take in what the ranks agreed on, then save or stop if that is due."""
     sharding = training.sharding(len(training.train_set.inputs), training.batch_size)
-    reader = SumsReader(delay=1 if training.world.device.type == "cuda" else 0, seconds=training.world.patience)
+    delay = 1 if training.world.device.type == "cuda" else 0
+    reader = SumsReader(delay, seconds=training.world.patience, waiting=waiting)
     steps = sharding.steps
     for step in local_steps(training, progress, sharding):
         training.events.before_step(step.number)

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -103,12 +104,14 @@ class SumsReader:
     """Reads `Sums` from the device: at once on the CPU, one agreement late on CUDA, where reading at once would wait.
 
     The delay is the same on all ranks, so they act on a sum at the same step. On CUDA an all-reduce only joins a queue,
-    and it is the reading that waits for a missing rank: after `seconds` it raises `ConnectionError`.
+    and it is the reading that waits for a missing rank: after `seconds` it raises `ConnectionError`. `waiting`
+    is entered meanwhile.
     """
 
-    def __init__(self, delay: int, seconds: float) -> None:
+    def __init__(self, delay: int, seconds: float, waiting: AbstractContextManager[object]) -> None:
         self._delay = delay
         self._seconds = seconds
+        self._waiting = waiting
         self._pending: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()
 
     def post(self, step: int, seen: int, sums: Tensor) -> None:
@@ -131,7 +134,8 @@ class SumsReader:
 
     def _value(self, step: int, seen: int, sums: Tensor, event: torch.cuda.Event | None) -> Sums:
         if event is not None:
-            self._wait(event)
+            with self._waiting:
+                self._wait(event)
         return Sums(step, seen, *sums.tolist())
 
     def _wait(self, event: torch.cuda.Event) -> None:

@@ -3,7 +3,8 @@
 import dataclasses
 import platform
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from ddp_circles.job.faults import Fault, Rehearsal
 from ddp_circles.job.ranks import continuing_command, read_ranks
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import WAITED, Watch
-from ddp_circles.job.world import World, is_lost_peer, open_world, pin_threads
+from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
 from ddp_circles.metrics import LocalTally, Progress
 from ddp_circles.models import Classifier, class_count, loss_sum
 from ddp_circles.records.console import Console
@@ -68,23 +69,15 @@ def fit(
     with stop_requested.listening():
         ranks = read_ranks()
         pin_threads(config.threads)
-        watch = Watch(ranks.rank, ranks.world_size, launched=ranks.launched)
-        watch.start()
-        try:
-            with open_world(ranks, config.device, config.backend, config.timeout) as world, ExitStack() as at_end:
-                watch.connect(world.store)
-                try:
-                    return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
-                except Exception as error:
-                    _leave(error, world, watch)
-                    raise
-        except UserError:
-            raise
-        except Exception as error:
-            get_error_handler().record_exception(error)  # for torchrun's agent, which prints it with the rank
-            raise
-        finally:
-            watch.stop()
+        with (
+            _noting_errors(),
+            Watch(ranks) as watch,
+            open_world(ranks, config.device, config.backend, config.timeout) as world,
+            ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
+            _telling_others(world, watch),
+        ):
+            watch.connect(world.store)
+            return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
 
 
 def _fit_in_world(
@@ -96,7 +89,7 @@ def _fit_in_world(
     data: Split | None,
     loss: loop.LossFunction,
 ) -> Result:
-    """Train in an open world. `at_end` closes what was opened after the other ranks have been told how it ended."""
+    """Train in an open world; `at_end` is told what to close."""
     found = open_run(
         world,
         run_dir=config.run_dir,
@@ -274,22 +267,35 @@ def _draw(config: Config, bare: nn.Module, split: Split, found: Found) -> None:
         draw_run(bare, split, metrics=found.run_dir.metrics, folder=found.run_dir.plots)
 
 
-def _leave(error: Exception, world: World, watch: Watch) -> None:
-    """Turn what ended the training into how this rank ends, and tell the other ranks."""
-    ranks = world.ranks
-    if isinstance(error, UserError):
-        return
-    if isinstance(error, StopRequestedError):
-        raise SystemExit(0 if ranks.launcher == "torchrun" else EXIT_STOPPED) from None
-    lost_peer = is_lost_peer(error)
-    with watch.patient_with_store():
-        watch.report_end(WAITED if lost_peer else f"raised {type(error).__name__}")
-        if lost_peer:
-            reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-            print(f"rank {ranks.rank}: lost a peer: {watch.name_missing()} ({reason})", file=sys.stderr, flush=True)
-        elif isinstance(error, OutOfRangeError):
-            print(f"rank {ranks.rank}: {error}", file=sys.stderr, flush=True)
-        if ranks.serves_store:
-            watch.linger()
-    if lost_peer or isinstance(error, OutOfRangeError):
+@contextmanager
+def _noting_errors() -> Iterator[None]:
+    """Note an unexpected error for torchrun's agent, which prints it once, labelled with the rank."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        raise
+
+
+@contextmanager
+def _telling_others(world: World, watch: Watch) -> Iterator[None]:
+    """Tell the other ranks how this one ends, and turn what it ends by into an exit code."""
+    try:
+        yield
+    except UserError:
+        raise
+    except StopRequestedError:
+        raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
+    except OutOfRangeError as error:
+        watch.say(str(error))
+        watch.last_words("raised OutOfRangeError")
         raise SystemExit(1) from None
+    except Exception as error:
+        if is_lost_peer(error):
+            reason = first_sentence(error)
+            watch.last_words(WAITED, lambda missing: watch.say(f"lost a peer: {missing} ({reason})"))
+            raise SystemExit(1) from None
+        watch.last_words(f"raised {type(error).__name__}")
+        raise

@@ -1,9 +1,13 @@
-"""Faults on request, to rehearse what a cluster does to a run. Imports no torch by itself."""
+"""Faults on request, to rehearse what a cluster does to a run: `KIND@RANK:STEP` in a training, `KIND@RANK` in verify.
+
+Imports no torch by itself.
+"""
 
 import os
 import re
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,19 +27,22 @@ class InjectedFaultError(RuntimeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One planned fault: `kind` happens on `rank` in global step `step`."""
+    """One planned fault: `kind` happens on `rank`."""
 
     kind: str
     rank: int
-    step: int
+    step: int | None = None
+    """Global step of a training; None in verify, where the seed chooses the place."""
 
     @classmethod
-    def parse(cls, text: str) -> "Fault":
-        """Read `KIND@RANK:STEP`; raises `UserError` for anything else."""
-        match = re.fullmatch(r"(\w+)@(\d+):(\d+)", text)
-        if match is None or match[1] not in KINDS:
-            raise UserError(f"--fault must be KIND@RANK:STEP with KIND one of {', '.join(KINDS)}, got {text!r}")
-        return cls(match[1], int(match[2]), int(match[3]))
+    def parse(
+        cls, text: str, flag: str = "--fault", form: str = "KIND@RANK:STEP", kinds: Sequence[str] = KINDS
+    ) -> "Fault":
+        """Read `text`, which must have the `form` of `flag`; raises `UserError` for anything else."""
+        match = re.fullmatch(r"(\w+)@(\d+)" + (r":(\d+)" if form.endswith(":STEP") else ""), text)
+        if match is None or match[1] not in kinds:
+            raise UserError(f"{flag} must be {form} with KIND one of {', '.join(kinds)}, got {text!r}")
+        return cls(match[1], *map(int, match.groups()[1:]))
 
 
 class Rehearsal:

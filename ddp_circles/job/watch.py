@@ -1,65 +1,100 @@
-"""Heartbeats, and who is missing when a collective fails."""
+"""Heartbeats, who is missing when a collective fails, and the end of a process that cannot go on."""
 
 import contextlib
 import json
 import os
+import select
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, Self
 
 from torch._C._distributed_c10d import Store
 
-from ddp_circles.job.ranks import parent_at_start
+from ddp_circles.job.ranks import Ranks, parent_at_start
+from ddp_circles.job.stop import STOP_SIGNALS
 
 BEAT_SECONDS = 1.0
+LOOK_SECONDS = 0.5
+"""Between two looks of the guard at the clock and at the latest news."""
 GRACE_SECONDS = 7.0
 """How long a rank may take to end by itself once the job has failed."""
 WITNESS_SECONDS = 3.0
 """How long survivors wait for each other's word before they name who gave none; some heartbeats long."""
 STORE_SECONDS = 30.0
-"""How long the last words to the store may take in all; several times what the waits in them add up to."""
+"""How long the store may take over a rank's last words; several times what the waits in them add up to."""
+GUARDED_STORE_SECONDS = 8.0
+"""The same for a guarded process, which has promised to end soon; hardly more than those waits."""
+LINGER_SECONDS = 1.0
+"""How much longer the rank that serves the store stays when all have spoken, for them to read the verdict."""
 WAITED = "waited"
 """The last word of a rank that failed because another one did."""
+NOBODY = ("all ranks waited", "no other rank to ask")
+"""Answers to who is missing that accuse no rank."""
+
+Tell = Callable[[str], None]
+"""Says why this rank ends, given who is missing."""
+
+
+class Waiting:
+    """Marks where this rank waits for others, as a context manager; true while it does."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+
+    def __bool__(self) -> bool:
+        return self._depth > 0
+
+
+waiting = Waiting()
+"""The process's own: a process is one rank."""
 
 
 class Watch:
-    """Looks after this rank from a thread of its own.
+    """Looks after this rank from a thread of its own; a context manager.
 
     Leaves a heartbeat in the store once a second, and ends the process when its launcher is gone, or `GRACE_SECONDS`
-    after the job failed on another rank.
+    after the job failed on another rank. Without a launcher there is no thread.
     """
 
-    def __init__(self, rank: int, world_size: int, *, launched: bool) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self._launched = launched
-        self._others = [other for other in range(world_size) if other != rank]
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
         self._launcher = parent_at_start()
         self._store: Store | None = None
         self._position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
-        self._count = 0
+        self._beats = 0
+        self._news = ""
         self._verdict = ""
-        self._end = threading.Event()
+        self._speaking = threading.Lock()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
-    def start(self) -> None:
-        """Begin to look after this rank; does nothing for a process that no launcher started."""
-        if self._launched:
+    def __enter__(self) -> Self:
+        if self._ranks.launched:
             self._thread.start()
+        return self
 
-    def stop(self) -> None:
-        """End the thread."""
-        self._end.set()
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
         if self._thread.is_alive():
             self._thread.join(GRACE_SECONDS)
 
     def connect(self, store: Store) -> None:
         """Leave heartbeats in `store` from now on."""
-        if self.world_size > 1:
+        if self._others:
             own: Store = store.clone()  # type: ignore[attr-defined]
             self._beat(own)
             self._store = own
@@ -68,36 +103,119 @@ class Watch:
         """Note where this rank is; cheap enough for every step."""
         self._position = (phase, epoch, step, time.time())
 
-    def report_end(self, word: str) -> None:
-        """Tell the others that this rank goes down, and why: `waited` for them, or `raised` something."""
+    def say(self, line: str) -> None:
+        """Print `line` on standard error, labelled with the rank."""
+        with contextlib.suppress(OSError):  # the launcher's end of the pipe may be gone with it
+            print(f"rank {self._ranks.rank}: {line}", file=sys.stderr, flush=True)
+
+    # ---- the end
+
+    def last_words(self, word: str, tell: Tell | None = None) -> None:
+        """Tell the other ranks how this one ends: it `waited` for them, or it `raised` something.
+
+        With `tell`, also find out who is missing, and call it with that. The process ends here if the store does not
+        answer: its holder may be frozen.
+        """
+        with self._speaking:
+            self._speak(word, tell, STORE_SECONDS)
+
+    def end(self, word: str, tell: Tell) -> NoReturn:
+        """Say the last words and end the process at once; the first thread that comes here does it."""
+        self._speaking.acquire()  # for good
+        try:
+            self._speak(word, tell, GUARDED_STORE_SECONDS)
+        finally:
+            sys.stdout.flush()
+            os._exit(1)
+
+    @contextmanager
+    def guarding(self, patience: float, tell: Callable[[str, str, str], None]) -> Iterator[None]:
+        """Meanwhile `end` the process, from a thread, as soon as there is nothing left to wait for; main thread only.
+
+        That is after `patience` seconds without a new `mark`, when another rank has ended or the store is gone, and on
+        a stop signal. A thread, because a rank that is caught in a collective runs neither its own code nor its signal
+        handlers. `tell` is called with the reason, this rank's last word and who is missing.
+        """
+        readable, writable = os.pipe()
+        os.set_blocking(writable, False)
+        fd_before = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        guard = threading.Thread(target=self._guard, args=(readable, patience, tell), name="guard", daemon=True)
+        guard.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(fd_before)
+            os.close(writable)
+            guard.join()
+            os.close(readable)
+
+    def _guard(self, readable: int, patience: float, tell: Callable[[str, str, str], None]) -> None:
+        position, since = self._position, time.monotonic()
+        while True:
+            ready, _, _ = select.select([readable], [], [], LOOK_SECONDS)
+            signals = os.read(readable, 64) if ready else b""
+            if ready and not signals:  # the other end is closed
+                return
+            if self._position is not position:
+                position, since = self._position, time.monotonic()
+            idle = time.monotonic() - since
+            asked = [number for number in signals if number in STOP_SIGNALS]
+            if asked:
+                reason = f"asked to end by {signal.Signals(asked[0]).name}"
+            elif idle > patience:
+                reason = f"no progress since {position[0]}, step {position[2]}, for {idle:.0f} s"
+            else:
+                reason = self._news.partition(":")[0]
+            if reason:
+                word = WAITED if waiting or idle < patience / 2 else f"hangs in {_place_of_main_thread()}"
+                self.end(word, partial(tell, reason, word))
+
+    def _speak(self, word: str, tell: Tell | None, seconds: float) -> None:
+        told = threading.Event()
+
+        def tell_once(missing: str) -> None:
+            if tell is not None and not told.is_set():
+                told.set()
+                tell(missing)
+
+        def give_up() -> None:
+            holder = "the launcher" if self._ranks.store_is_the_agents else "rank 0"
+            try:
+                tell_once(f"{holder}, which holds the job's store and does not answer")
+            finally:
+                self._end_process("the store of the job does not answer")
+
+        hung = threading.Timer(seconds, give_up)
+        hung.daemon = True
+        hung.start()
+        try:
+            self._report_end(word)
+            if tell is not None:
+                tell_once(self._name_missing())
+        finally:
+            hung.cancel()
+        if self._ranks.serves_store:
+            self._linger()
+
+    def _report_end(self, word: str) -> None:
         store = self._store
         if store is None:
             return
         with contextlib.suppress(RuntimeError):  # the store may be gone, with the rank or the launcher that held it
             self._beat(store)
-            store.set(f"end/{self.rank}", word)
+            store.set(f"end/{self._ranks.rank}", word)
             if word != WAITED:
-                store.compare_set("verdict", "", self._describe(store, self.rank, word))
-            store.set("failed", str(self.rank))
+                store.compare_set("verdict", "", self._describe(store, self._ranks.rank, word))
+            store.set("failed", str(self._ranks.rank))
 
-    @contextmanager
-    def patient_with_store(self) -> Iterator[None]:
-        """End the process if what is done with the store meanwhile hangs: its holder may be frozen."""
-        hung = threading.Timer(STORE_SECONDS, self._end_process, ("the store of the job does not answer",))
-        hung.daemon = True
-        hung.start()
-        try:
-            yield
-        finally:
-            hung.cancel()
-
-    def linger(self) -> None:
+    def _linger(self) -> None:
         """Give the others time to read the store, which goes down with this process."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._gather_words(self._store)
+            time.sleep(LINGER_SECONDS)
 
-    def name_missing(self) -> str:
+    def _name_missing(self) -> str:
         """Say which ranks are to blame, where each was seen last and how long ago; the first who asks finds it out.
 
         The others wait for its verdict, in bounded time: if each looked at all, a large job would swamp the store.
@@ -116,7 +234,7 @@ class Watch:
             return self._verdict or "the store is gone too, with rank 0 or the launcher that held it"
 
     def _find_culprits(self, store: Store) -> str:
-        """Those who raised; else those whose process is gone; else those who live and do not answer."""
+        """Name those who raised; else those whose process is gone; else those who live and do not answer."""
         before = {rank: self._seen(store, rank).get("count") for rank in self._others}
         words = self._gather_words(store)
         raised = [rank for rank, word in words.items() if word != WAITED]
@@ -152,41 +270,54 @@ class Watch:
         """The last heartbeat of `rank`; empty if it left none."""
         return dict(json.loads(store.get(f"beat/{rank}"))) if store.check([f"beat/{rank}"]) else {}
 
-    def _beat(self, store: Store) -> None:
-        phase, epoch, step, since = self._position
-        self._count += 1
-        place = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
-        store.set(f"beat/{self.rank}", json.dumps(place | {"count": self._count}))
+    # ---- the thread
 
     def _run(self) -> None:
         doomed_since: float | None = None
-        while not self._end.wait(BEAT_SECONDS):
+        while not self._over.wait(BEAT_SECONDS):
             if os.getppid() != self._launcher:
-                self._end_process("its launcher is gone")
-            reason = self._doom()
-            if reason is None:
+                self._end_unless_speaking("its launcher is gone")
+            self._news = self._exchange()
+            if not self._news:
                 doomed_since = None
                 continue
             now = time.monotonic()
             doomed_since = doomed_since or now
             if now - doomed_since > GRACE_SECONDS:
-                self._end_process(reason)
+                self._end_unless_speaking(self._news)
 
-    def _end_process(self, reason: str) -> NoReturn:
-        with contextlib.suppress(OSError):  # the launcher's end of the pipe may be gone with it
-            print(f"rank {self.rank}: {reason}; ending this process", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def _doom(self) -> str | None:
-        """Leave a heartbeat; returns why this process should not go on, None if it should."""
+    def _exchange(self) -> str:
+        """Leave a heartbeat; returns why this process should not go on, nothing if it should."""
         if self._store is None:
-            return None
+            return ""
         try:
             self._beat(self._store)
             if not self._store.check(["failed"]):
-                return None
+                return ""
             if self._store.check(["verdict"]):
                 self._verdict = self._store.get("verdict").decode()
             return f"the job has failed: {self._verdict}"
         except RuntimeError:
             return "the store of the job is gone"
+
+    def _beat(self, store: Store) -> None:
+        phase, epoch, step, since = self._position
+        self._beats += 1
+        place = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
+        store.set(f"beat/{self._ranks.rank}", json.dumps(place | {"count": self._beats}))
+
+    def _end_unless_speaking(self, reason: str) -> None:
+        """End the process, but let last words, which take bounded time, be said to their end."""
+        if self._speaking.acquire(blocking=False):
+            self._end_process(reason)
+
+    def _end_process(self, reason: str) -> NoReturn:
+        self.say(f"{reason}; ending this process")
+        os._exit(1)
+
+
+def _place_of_main_thread() -> str:
+    """The function that the main thread is in, for people to read."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]  # noqa: SLF001 - there is no other way
+    code = frame.f_code
+    return f"{code.co_name} ({Path(code.co_filename).name}, line {frame.f_lineno})"

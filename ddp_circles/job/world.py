@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from ddp_circles.errors import UserError
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
 from ddp_circles.job.ranks import Ranks, set_thread_variables
+from ddp_circles.job.watch import waiting
 
 SHARED_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 HEARING_SECONDS = 5.0
@@ -99,7 +101,8 @@ class World:
     def sum(self, integers: Tensor) -> Tensor:
         """Sum int64 `integers` over all ranks, in place; the bits do not depend on the order of addition."""
         if self.ranks.world_size > 1:
-            dist.all_reduce(integers)
+            with waiting:
+                dist.all_reduce(integers)
         return integers
 
     def broadcast(self, value: Any) -> Any:
@@ -193,6 +196,11 @@ def is_lost_peer(error: BaseException) -> bool:
     if isinstance(error, (dist.DistError, ConnectionError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo/transport", "Gloo", "NCCL"))
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of a backend's long message, without the place in its source."""
+    return re.sub(r"\[\S+:\d+\] ", "", " ".join(str(error).split())).split(". ")[0][:200]
 
 
 def fingerprint(device: torch.device, threads: int) -> dict[str, str]:

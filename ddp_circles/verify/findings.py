@@ -1,4 +1,4 @@
-"""What a check found, how bad it is, whom it concerns, and what to do next."""
+"""Findings of the checks: how bad they are, which ranks are at fault, and what to do next."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ ORDER: tuple[Severity, ...] = ("missing", "wrong", "warning")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be."""
+    """One thing that is wrong or odd."""
 
     severity: Severity
     """`missing`: a rank is gone; `wrong`: bits are wrong; `warning`: worth a look, and no failure."""
@@ -21,9 +21,9 @@ class Finding:
     """The ranks at fault; empty where none can be named."""
     what: str
     advice: str
-    """What to do next."""
+    """The next thing to do."""
     times: int = 1
-    """In how many rounds it was found."""
+    """The number of rounds in which it was found."""
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
@@ -42,7 +42,7 @@ def merged(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def failed(findings: Iterable[Finding]) -> bool:
-    """Whether anything but warnings is among `findings`."""
+    """Tell whether there is anything but warnings among `findings`."""
     return any(finding.severity != "warning" for finding in findings)
 
 

@@ -8,7 +8,7 @@ single flipped bit is seen even where rounding would hide it from the weights, t
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -16,32 +16,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from ddp_circles.data import Dataset
 from ddp_circles.errors import OutOfRangeError
 from ddp_circles.exact import ExactReducer
 from ddp_circles.job.ranks import Ranks
+from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.loop import Training, train
 from ddp_circles.metrics import LocalTally, Progress, Tally
 from ddp_circles.models import Classifier, loss_sum
-from ddp_circles.verify.board import Mark
-from ddp_circles.verify.findings import Finding, spell_ranks
-from ddp_circles.verify.injection import Trouble
+from ddp_circles.verify.injection import Mark, Trouble
 
 EPOCHS = 2
 STEPS_PER_EPOCH = 12
 STEPS = EPOCHS * STEPS_PER_EPOCH
-TOLD = 20
-"""Rounds that verify.json tells of rank by rank: the first, and those in which something was wrong."""
 GRID = 64
 """Points have whole coordinates up to this, divided by it: made of integers, they are the same on every device."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: the widths of the hidden layers, V, and the samples of each micro-batch."""
+    """The training: the widths of the hidden layers, V, and the samples of each micro-batch."""
 
     hidden: tuple[int, ...]
     micro_batches: int
@@ -56,7 +52,7 @@ def choose_workload(world_size: int, *, on_cuda: bool) -> Workload:
 
 @dataclass(frozen=True)
 class Run:
-    """What one training left: equal runs have equal fields."""
+    """The traces of one training on one rank: equal runs have equal fields."""
 
     digest: str
     """SHA-256 of weights, loss and accuracy."""
@@ -72,19 +68,21 @@ class Run:
 
 
 def train_alone(world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark, run: str) -> Run:
-    """Train in this rank, without a word to the others."""
+    """Train in this rank, without a word to the others; `run` tells repetitions apart."""
     alone = World(Ranks(), world.device, world.backend, world.store, world.timeout, world.number)
     model = make_model(workload, seed).to(world.device)
-    witness = Witness(model, partial(mark, run), partial(trouble.flip, f"{run} {seed}"))
-    return _train(_make_training(model, model, alone, workload, seed, witness), witness)
+    return _train(alone, workload, seed, model, model, Witness(model, run, seed, trouble, mark))
 
 
 def train_together(world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark) -> Run:
     """Train on all ranks."""
     model = make_model(workload, seed).to(world.device)
-    witness = Witness(model, partial(mark, "together"), partial(trouble.flip, f"together {seed}"))
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return _train(_make_training(model, replica, world, workload, seed, witness), witness)
+    with waiting:
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # DDP's forward pass may wait for the other ranks too: in the second one they agree on its buckets.
+    replica.register_forward_pre_hook(lambda *_: waiting.__enter__())
+    replica.register_forward_hook(lambda *_: waiting.__exit__(), always_call=True)
+    return _train(world, workload, seed, model, replica, Witness(model, "together", seed, trouble, mark))
 
 
 def make_model(workload: Workload, seed: int) -> Classifier:
@@ -104,17 +102,12 @@ def make_points(workload: Workload, seed: int) -> tuple[Dataset, Dataset]:
     return Dataset(inputs[:trained], classes[:trained]), Dataset(inputs[trained:], classes[trained:])
 
 
-def _make_training(
-    model: nn.Module,
-    replica: nn.Module,
-    world: World,
-    workload: Workload,
-    seed: int,
-    witness: "Witness",
-) -> Training:
+def _train(
+    world: World, workload: Workload, seed: int, model: nn.Module, replica: nn.Module, witness: "Witness"
+) -> Run:
     train_set, test_set = make_points(workload, seed)
     tally = LocalTally(world.device)
-    return Training(
+    training = Training(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=0.01, fused=True),
         loss=loss_sum,
@@ -135,9 +128,6 @@ def _make_training(
         seed=seed,
         events=witness,
     )
-
-
-def _train(training: Training, witness: "Witness") -> Run:
     ended = "trained"
     try:
         train(training, epochs=EPOCHS, progress=Progress())
@@ -145,10 +135,9 @@ def _train(training: Training, witness: "Witness") -> Run:
         ended = "out of range"
         witness.close_step()
     sums, noted = witness.figures()
-    ranks = training.world.ranks
-    owned = range(ranks.rank, training.reducer.micro_batches, ranks.world_size)
-    shares = {stream: noted[number :: len(owned)] for number, stream in enumerate(owned)}
-    return Run(_digest(training.model, witness.tallies, ended), sums, shares)
+    owned = range(world.ranks.rank, workload.micro_batches, world.ranks.world_size)
+    shares = {micro_batch: noted[number :: len(owned)] for number, micro_batch in enumerate(owned)}
+    return Run(_digest(model, witness.tallies, ended), sums, shares)
 
 
 def _digest(model: nn.Module, tallies: Sequence[int], ended: str) -> str:
@@ -159,19 +148,16 @@ def _digest(model: nn.Module, tallies: Sequence[int], ended: str) -> str:
 
 
 class Witness:
-    """Notes the bits of all gradients that pass through a training; the training's `Events`.
+    """Notes the bits of all gradients that pass through the training `run`; the training's `Events`."""
 
-    `mark(step)` and `flip(step, steps, model)` are called before each step.
-    """
-
-    def __init__(self, model: nn.Module, mark: Any, flip: Any) -> None:
+    def __init__(self, model: nn.Module, run: str, seed: int, trouble: Trouble, mark: Mark) -> None:
         self._model = model
-        self._mark = mark
-        self._flip = flip
+        self._mark: Callable[[int], None] = partial(mark, run)
+        self._flip = partial(trouble.flip, f"{run} {seed}")
         self._parameters = list(model.parameters())
         self._zero = torch.zeros((), dtype=torch.int64, device=self._parameters[0].device)
         self._passing: list[Tensor] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[Any] = []
         self._shares: list[Tensor] = []
         self._sums: list[Tensor] = []
         self.tallies: list[int] = []
@@ -229,12 +215,12 @@ def _bits_of(gradient: Tensor) -> Tensor:
     return gradient.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
 
 
-# ---- on rank 0: whose fault it is
+# ---- what goes to rank 0
 
 
 @dataclass(frozen=True)
 class Alone:
-    """What a rank tells of its training alone."""
+    """A rank's account of its training alone."""
 
     digest: str
     key: str
@@ -248,7 +234,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Together:
-    """What a rank tells of the training together, held against its own training alone."""
+    """A rank's account of the training together, held against its own training alone."""
 
     digest: str
     share: int | None
@@ -258,9 +244,9 @@ class Together:
 
     @classmethod
     def of(cls, run: Run, alone: Run) -> "Together":
-        """Where `run` departs from `alone`."""
-        steps = [first_difference(share, alone.shares[stream]) for stream, share in run.shares.items()]
-        return cls(run.digest, _earliest(steps), first_difference(run.sums, alone.sums))
+        """The steps in which `run` departs from `alone`."""
+        steps = [first_difference(share, alone.shares[number]) for number, share in run.shares.items()]
+        return cls(run.digest, earliest(steps), first_difference(run.sums, alone.sums))
 
 
 def first_difference(these: Sequence[int], those: Sequence[int]) -> int | None:
@@ -271,140 +257,12 @@ def first_difference(these: Sequence[int], those: Sequence[int]) -> int | None:
     return None
 
 
-def _earliest(steps: Iterable[int | None]) -> int | None:
+def earliest(steps: Iterable[int | None]) -> int | None:
+    """The smallest number among `steps`; None if there is none."""
     return min((step for step in steps if step is not None), default=None)
 
 
-def majority(keys: Sequence[str]) -> str | None:
-    """What more than half of `keys` say."""
-    key, count = Counter(keys).most_common(1)[0]
-    return key if 2 * count > len(keys) else None
-
-
-def ranks_to_repeat(kinds: Iterable[Sequence[int]], alone: Sequence[Alone]) -> list[int]:
-    """Who trains alone a second time: kinds that disagree, and single ranks, which have nobody else to agree with."""
-    return [rank for kind in kinds if len(kind) == 1 or len({alone[rank].key for rank in kind}) > 1 for rank in kind]
-
-
-def judge_alone(kind: Sequence[int], alone: Sequence[Alone], again: Mapping[int, Alone]) -> list[Finding]:
-    """Who is at fault by the trainings alone of the ranks of one kind; `again`: those that were repeated."""
-    usual = majority([alone[rank].key for rank in kind])
-    unsteady = [rank for rank in kind if rank in again and again[rank].key != alone[rank].key]
-    outvoted = [rank for rank in kind if usual is not None and alone[rank].key != usual]
-    reference = next((alone[rank] for rank in kind if alone[rank].key == usual), None)
-    findings = []
-    for rank in sorted({*outvoted, *unsteady}):
-        if rank in outvoted and reference is not None:
-            step = first_difference(alone[rank].sums, reference.sums)
-            who = spell_ranks(other for other in kind if other not in outvoted)
-            what = f"trained alone, {spell_ranks([rank])} departs from {who} {_from_step(step)}"
-        else:
-            step = first_difference(alone[rank].sums, again[rank].sums)
-            what = f"trained alone twice, {spell_ranks([rank])} departs from itself {_from_step(step)}"
-        if rank in outvoted:
-            what += (
-                "; a second time it differs again: a fault that comes and goes"
-                if rank in unsteady
-                else ("; a second time it gets the same again: a lasting fault")
-            )
-        findings.append(Finding("wrong", "training alone", (rank,), what, _test_the_device(rank)))
-    steady = [rank for rank in kind if rank not in unsteady]
-    if usual is None and len({alone[rank].key for rank in steady}) > 1:
-        what = (
-            f"trained alone, {spell_ranks(steady)} disagree, and each gets its own result a second time: it cannot be "
-            "said which of them is wrong, not by the training together either, which holds the gradients of all"
-        )
-        advice = (
-            "verify again with more ranks of this kind, or compare the digest with that of another machine of this kind"
-        )
-        findings.append(Finding("wrong", "training alone", (), what, advice))
-    return findings
-
-
-def judge_together(
-    ranks: Sequence[int], alone: Sequence[Alone], together: Sequence[Together], *, mixed: bool
-) -> list[Finding]:
-    """Who is at fault by the training together; `ranks`: one kind of a fleet that is `mixed`, or else all."""
-    if not mixed:
-        step = _earliest(step for rank in ranks for step in (together[rank].share, together[rank].sum))
-        if step is not None:
-            return _judge_step(step, ranks, alone, together)
-    usual = majority([together[rank].digest for rank in ranks])
-    odd = tuple(rank for rank in ranks if usual is not None and together[rank].digest != usual)
-    if usual is None or odd:
-        what = f"trained together, {spell_ranks(odd or ranks)} ended with other weights than the other ranks"
-        return [Finding("wrong", "training together", odd, what, _test_the_device(*odd))]
-    if (
-        not mixed
-        and any(alone[rank].digest != usual for rank in ranks)
-        and len({alone[rank].key for rank in ranks}) == 1
-    ):
-        what = "trained together, all ranks ended with other weights than alone, though all gradients were the same"
-        return [
-            Finding(
-                "wrong", "training together", (), what, "verify again; if it recurs, this is a fault of the software"
-            )
-        ]
-    return []
-
-
-def _judge_step(step: int, ranks: Sequence[int], alone: Sequence[Alone], together: Sequence[Together]) -> list[Finding]:
-    """Who is at fault where something departs from the trainings alone in `step` for the first time."""
-    computed = [rank for rank in ranks if together[rank].share == step]
-    received = tuple(rank for rank in ranks if together[rank].sum == step)
-    if computed:
-        return [
-            Finding(
-                "wrong",
-                "training together",
-                (rank,),
-                f"trained together, {spell_ranks([rank])} computed another gradient in step {step} than alone; "
-                "its part is in the sum, so that all ranks went on with the same wrong weights",
-                _test_the_device(rank),
-            )
-            for rank in computed
-        ]
-    if len({alone[rank].key for rank in ranks}) > 1:
-        return []  # the trainings alone disagree already, and the sum holds the gradients of all
-    if 2 * len(received) < len(ranks):
-        what = (
-            f"trained together, {spell_ranks(received)} got a wrong sum of gradients in step {step}, the others did not"
-        )
-        return [
-            Finding(
-                "wrong", "training together", received, what, f"test the link and the device of {spell_ranks(received)}"
-            )
-        ]
-    what = (
-        f"trained together, the sum of gradients in step {step} was wrong on {spell_ranks(received)}, though each rank "
-        "had computed its part as it did alone: it went wrong on the way or in the addition"
-    )
-    advice = (
-        "look at the findings about collectives; soak with --minutes to see whether it recurs; try another --backend"
-    )
-    return [Finding("wrong", "training together", (), what, advice)]
-
-
-def _from_step(step: int | None) -> str:
-    return "in its gradients, which rounding then hid" if step is None else f"from step {step} on"
-
-
-def _test_the_device(*ranks: int) -> str:
-    if not ranks:
-        return "verify again with more ranks"
-    return f"take {spell_ranks(ranks)} out of the job, run the vendor's diagnostics on its device, and verify again"
-
-
-def judge(
-    fleet: Sequence[Sequence[int]], alone: Sequence[Alone], together: Sequence[Together], again: Mapping[int, Alone]
-) -> list[Finding]:
-    """Everything that one round of trainings shows; `fleet`: the ranks of each kind."""
-    mixed = len(fleet) > 1
-    findings = []
-    for kind in fleet:
-        findings += judge_alone(kind, alone, again)
-        findings += judge_together(kind, alone, together, mixed=mixed)
-    return findings
+# ---- the report
 
 
 def section(
@@ -417,7 +275,10 @@ def section(
     seed: int,
     wrong: bool,
 ) -> dict[str, Any]:
-    """What verify.json says of all rounds so far: `before`, and one more."""
+    """The entry in verify.json for all rounds so far: `before`, and one more.
+
+    Told rank by rank are twenty rounds: the first, and those in which something was wrong.
+    """
     before = before or {"rounds": 0, "failed_rounds": 0, "kinds": [], "told": []}
     told = {
         "seed": seed,
@@ -425,7 +286,7 @@ def section(
         "together": [one.digest for one in together],
         "again": {rank: one.digest for rank, one in again.items()},
     }
-    first_or_wrong = (wrong or not before["told"]) and len(before["told"]) < TOLD
+    first_or_wrong = (wrong or not before["told"]) and len(before["told"]) < 20
     rows = [_row(kind, ranks, alone, together, mixed=len(fleet) > 1) for kind, ranks in fleet.items()]
     return {
         "rounds": before["rounds"] + 1,

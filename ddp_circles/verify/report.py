@@ -1,4 +1,4 @@
-"""What a verification found, as `verify.json` and as tables on the terminal; rank 0's business."""
+"""The report of rank 0: `verify.json`, and tables on the terminal."""
 
 import json
 import sys
@@ -6,27 +6,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from ddp_circles.records.files import write_atomically
 from ddp_circles.verify.findings import Finding, failed, merged, spell_ranks, worst_first
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from ddp_circles.verify.inventory import Inventory
+from ddp_circles.verify.inventory import Inventory
 
 ROWS = 32
 """The longest table; verify.json has everything."""
-WIDTH = 120
-"""Of the report where the output is no terminal."""
-PERIOD_SECONDS = 30.0
-"""Between two lines of the running count where the output is no terminal."""
 
 
 class Report:
-    """What is known so far."""
+    """Everything found so far."""
 
     def __init__(self, path: Path, title: str, settings: dict[str, Any]) -> None:
         self._path = path
@@ -38,11 +33,11 @@ class Report:
         self._wrong = 0
         self.findings: list[Finding] = []
         self.sections: dict[str, Any] = {"settings": settings}
-        """What verify.json says beside the findings: `inventory`, `kinds`, `collectives`, `speed`, `oracle`."""
+        """The entries of verify.json beside the findings: `inventory`, `kinds`, `collectives`, `speed`, `oracle`."""
 
     @property
     def failed(self) -> bool:
-        """Whether anything worse than a warning was found."""
+        """Tell whether anything worse than a warning was found."""
         return failed(self.findings)
 
     def close(self, *, complete: bool) -> int:
@@ -60,7 +55,7 @@ class Report:
         return 0 if complete and not self.failed else 1
 
     def end_round(self, minutes: float, *, last: bool) -> None:
-        """Count a round; in a soak, tell: one line that is rewritten on a terminal, else a line now and then."""
+        """Count a round; in a soak, say so: a line that is rewritten on a terminal, else one every thirty seconds."""
         wrong = sum(finding.severity != "warning" for finding in self.findings)
         self._rounds += 1
         self._failed_rounds += wrong > self._wrong
@@ -72,16 +67,12 @@ class Report:
         )
         if minutes and sys.stdout.isatty():
             print(f"\r{line} ", end="\n" if last else "", flush=True)
-        elif minutes and (last or passed - self._told > PERIOD_SECONDS):
+        elif minutes and (last or passed - self._told > 30):
             self._told = passed
             print(line, flush=True)
 
     def _print(self, findings: Sequence[Finding], *, complete: bool) -> None:
-        from rich.console import Console
-
-        console = Console(highlight=False, soft_wrap=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=WIDTH)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         console.print(f"\nddp_circles.verify: {self._title}", style="bold", markup=False)
         sections = self.sections
         for name, draw in DRAWINGS.items():
@@ -90,7 +81,7 @@ class Report:
         self._print_findings(console, findings)
         self._print_verdict(console, complete=complete)
 
-    def _print_findings(self, console: "Console", findings: Sequence[Finding]) -> None:
+    def _print_findings(self, console: Console, findings: Sequence[Finding]) -> None:
         if findings:
             console.print("\nFindings, worst first", style="bold")
         for number, finding in enumerate(findings, 1):
@@ -110,7 +101,7 @@ class Report:
         one = inventory[rank]
         return f"rank {rank} is on host {one['host']}, {one['device']}, {one['name']} {one['uuid']}".rstrip()
 
-    def _print_verdict(self, console: "Console", *, complete: bool) -> None:
+    def _print_verdict(self, console: Console, *, complete: bool) -> None:
         seconds = time.monotonic() - self._begun
         warnings = sum(finding.severity == "warning" for finding in self.findings)
         if not complete:
@@ -125,10 +116,7 @@ class Report:
         console.print(f"\n{verdict}; {seconds:.1f} s; all figures in {self._path}", style=style, markup=False)
 
 
-def _table(title: str, *columns: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
+def _table(title: str, *columns: str) -> Table:
     table = Table(
         title=f"\n{title}", title_justify="left", title_style="bold", box=box.ASCII_DOUBLE_HEAD, pad_edge=False
     )
@@ -141,7 +129,7 @@ def _table(title: str, *columns: str) -> "Table":
 NUMERIC = ("up to bytes", "buffers", "elements", "wrong", "bytes", "µs", "± µs", "algbw GB/s", "busbw GB/s")
 
 
-def _draw_inventory(console: "Console", inventory: Sequence["Inventory"]) -> None:
+def _draw_inventory(console: Console, inventory: Sequence[Inventory]) -> None:
     alike: dict[tuple[str, ...], list[int]] = {}
     for rank, one in enumerate(inventory):
         device = one["uuid"] or one["device"]
@@ -157,7 +145,7 @@ def _draw_inventory(console: "Console", inventory: Sequence["Inventory"]) -> Non
         console.print(f"and {len(alike) - ROWS} more rows in verify.json")
 
 
-def _draw_collectives(console: "Console", collectives: dict[str, Any]) -> None:
+def _draw_collectives(console: Console, collectives: dict[str, Any]) -> None:
     table = _table(
         "Collectives, every element checked", "operation", "types", "up to bytes", "buffers", "elements", "wrong"
     )
@@ -170,7 +158,7 @@ def _draw_collectives(console: "Console", collectives: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _draw_speed(console: "Console", speed: dict[str, Any]) -> None:
+def _draw_speed(console: Console, speed: dict[str, Any]) -> None:
     table = _table("Speed, by nccl-tests' definitions", "operation", "bytes", "µs", "± µs", "algbw GB/s", "busbw GB/s")
     for row in speed["collectives"]:
         table.add_row(
@@ -187,7 +175,7 @@ def _draw_speed(console: "Console", speed: dict[str, Any]) -> None:
     console.print(f"Computing by itself, a rank takes {low} to {high} ms, in the median {middle} ms. {compute['rule']}")
 
 
-def _draw_oracle(console: "Console", oracle: dict[str, Any]) -> None:
+def _draw_oracle(console: Console, oracle: dict[str, Any]) -> None:
     table = _table("Training oracle", "kind of device", "ranks", "alone", "together", "digest")
     for row in oracle["kinds"]:
         table.add_row(

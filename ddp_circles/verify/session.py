@@ -1,171 +1,215 @@
-"""The checks in their order, over all ranks: what a rank finds goes over the board, and rank 0 judges."""
+"""One verification over all ranks: what each measures goes over the board, and rank 0 judges.
+
+inventory; then, with a new seed each time until the time is over:
+    collectives     every element of every result checked
+    speed           once: bandwidths, and each rank's own computing
+    oracle          every rank trains alone, then all train together: the same bits, or somebody is at fault
+report
+"""
 
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+from ddp_circles import cli
 from ddp_circles.errors import UserError
 from ddp_circles.exact import be_deterministic
-from ddp_circles.job.world import World
-from ddp_circles.verify import collectives, oracle, speed
-from ddp_circles.verify.board import Board, Mark
+from ddp_circles.job.ranks import Ranks
+from ddp_circles.job.watch import NOBODY, WAITED, Watch
+from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
+from ddp_circles.verify import collectives, oracle, speed, verdict
+from ddp_circles.verify.board import Board
 from ddp_circles.verify.collectives import DTYPES, Case, Wrong
 from ddp_circles.verify.injection import Trouble
-from ddp_circles.verify.inventory import Inventory, differences, kinds, sharing, take_inventory
+from ddp_circles.verify.inventory import Inventory, kinds, take_inventory
 from ddp_circles.verify.oracle import Alone, Together
 from ddp_circles.verify.report import Report
+from ddp_circles.verify.settings import Settings
+from ddp_circles.verify.speed import Timing
 
-SEEDS = 2**32
-"""Seeds are whole numbers below this."""
+LAST_WORDS_SECONDS = 10.0
+"""Part of the timeout that is kept for saying who is missing and for writing the report."""
+
+
+def verify(settings: Settings, ranks: Ranks) -> int:
+    """Run all checks on all ranks of the job; returns the exit code.
+
+    Raises `UserError` for what the user can put right; ends the process where another rank is gone or silent.
+    """
+    pin_threads(settings.threads)
+    fault, last = settings.fault(), ranks.world_size - 1
+    if fault is not None and fault.rank > last:
+        raise UserError(f"--inject names rank {fault.rank}, and the last rank of this world is {last}")
+    trouble = Trouble(fault.kind if fault is not None and fault.rank == ranks.rank else None, settings.seed)
+    with Watch(ranks) as watch, open_world(ranks, settings.device, settings.backend, settings.timeout) as world:
+        watch.connect(world.store)
+        session = Session(settings, world, watch, trouble)
+        with watch.guarding(settings.timeout - LAST_WORDS_SECONDS, session.tell_end):
+            try:
+                return session.run()
+            except UserError:
+                raise
+            except Exception as error:
+                session.fail(error)
 
 
 class Session:
-    """One verification. The functions named `judge` run on rank 0 alone, with what all ranks found, in their order."""
+    """The checks in their order. Rank 0 alone runs the methods named `judge`, with what all ranks found."""
 
-    def __init__(
-        self, world: World, board: Board, trouble: Trouble, report: Report, mark: Mark, max_bytes: int
-    ) -> None:
+    def __init__(self, settings: Settings, world: World, watch: Watch, trouble: Trouble) -> None:
+        self._settings = settings
         self._world = world
-        self._board = board
+        self._watch = watch
         self._trouble = trouble
-        self._report = report
-        self._mark = mark
-        self._max_bytes = max_bytes
+        self._ranks = world.ranks
         self._size = world.ranks.world_size
-        self.round = 0
-        """The round that is being run, counted from 0."""
+        self._max_bytes = settings.max_bytes or (64 if world.backend == "nccl" else 4) * 2**20
+        self._board = Board(world.store, self._ranks.rank, self._size, (Wrong, Case, Timing, Alone, Together))
+        self._report = Report(settings.out, world.describe(), asdict(settings) | {"out": str(settings.out)})
+        self._sections = self._report.sections
+        self._round = 0
 
-    def run(self, out: Path, *, threads: int, seed: int, minutes: float) -> int:
-        """All checks, in rounds with new seeds until `minutes` have passed; the exit code, the same on every rank.
+    def run(self) -> int:
+        """Run all checks, in rounds with new seeds until the time is over; the exit code, the same on every rank.
 
-        Raises `UserError` on every rank if rank 0 could not write its figures to `out`.
+        Raises `UserError` on every rank if rank 0 could not write its figures.
         """
         be_deterministic()
-        deadline = time.monotonic() + 60 * minutes
-        on_cuda = self._take_inventory(out, threads)
-        workload = oracle.choose_workload(self._size, on_cuda=on_cuda)
-        dtypes = self._agree_on_dtypes()
+        deadline = time.monotonic() + 60 * self._settings.minutes
+        workload = oracle.choose_workload(self._size, on_cuda=self._take_inventory())
+        dtypes: list[str] = self._board.agree(collectives.supported(self._world), self._judge_dtypes)
         probe = speed.Probe(self._world.device, self._trouble.work)
         probe.measure()
-        for self.round in count():
-            round_seed = (seed + self.round) % SEEDS
-            self._check_collectives(dtypes, round_seed)
-            if self.round == 0:
+        for self._round in count():
+            seed = (self._settings.seed + self._round) % 2**32
+            self._check_collectives(dtypes, seed)
+            if self._round == 0:
                 self._measure_speed(probe)
-            self._train(workload, round_seed)
-            if not self._goes_on(deadline, minutes):
+            self._train(workload, seed)
+            if not self._board.agree(None, partial(self._judge_time, deadline)):
                 break
         code: int = self._board.agree(None, lambda _: self._report.close(complete=True))
         self._board.part()
         return code
 
-    def _goes_on(self, deadline: float, minutes: float) -> bool:
-        def judge(_: object) -> bool:
-            go_on = time.monotonic() < deadline
-            self._report.end_round(minutes, last=not go_on)
-            return go_on
+    def _mark(self, phase: str, step: int) -> None:
+        self._watch.mark(phase, self._round, step)
+        self._trouble.reach(phase, step)
 
-        return bool(self._board.agree(None, judge))
+    def _judge_time(self, deadline: float, _: object) -> bool:
+        go_on = time.monotonic() < deadline
+        self._report.end_round(self._settings.minutes, last=not go_on)
+        return go_on
 
-    def _take_inventory(self, out: Path, threads: int) -> bool:
-        """Whether all ranks compute on CUDA devices."""
+    # ---- an early end
 
-        def judge(found: Sequence[tuple[str | None, Inventory]]) -> tuple[str | None, bool]:
-            everyone = [inventory for _, inventory in found]
-            self._report.findings += differences(everyone)
-            self._report.sections |= {"inventory": everyone, "kinds": kinds(everyone)}
-            return found[0][0], all(inventory["device"].startswith("cuda") for inventory in everyone)
+    def fail(self, error: Exception) -> NoReturn:
+        """End the process over an error, with the traceback unless another rank is the cause."""
+        if is_lost_peer(error):
+            reason, word = f"a collective failed ({first_sentence(error)})", WAITED
+        else:
+            cli.print_traceback(self._ranks)
+            reason, word = f"{type(error).__name__}: {error}", f"raised {type(error).__name__}"
+        self._watch.end(word, partial(self.tell_end, reason, word))
 
+    def tell_end(self, reason: str, word: str, missing: str) -> None:
+        """Say why this rank ends before its time and who is missing; rank 0 writes what is known so far."""
+        missing = "" if missing in NOBODY else missing
+        self._watch.say(f"{reason}; missing: {missing or 'no rank'}")
+        if self._ranks.is_main:
+            why = reason if word == WAITED else f"{reason}: it {word}"
+            self._report.findings.append(verdict.judge_end(why, missing))
+            self._report.close(complete=False)
+
+    # ---- inventory
+
+    def _take_inventory(self) -> bool:
+        """Compare what the ranks run on; returns whether all compute on CUDA devices."""
         self._mark("inventory", 0)
-        refusal = _why_not_to(out) if self._world.ranks.is_main else None
-        refusal, on_cuda = self._board.agree((refusal, take_inventory(self._world, threads)), judge)
-        if refusal is not None:
+        refusal = _why_not_to(self._settings.out) if self._ranks.is_main else ""
+        mine = take_inventory(self._world, self._settings.threads)
+        refusal, on_cuda = self._board.agree((refusal, mine), self._judge_inventory)
+        if refusal:
             raise UserError(refusal)
         return bool(on_cuda)
 
-    def _agree_on_dtypes(self) -> list[str]:
-        def judge(supported: Sequence[list[str]]) -> list[str]:
-            return [name for name in DTYPES if all(name in names for names in supported)]
+    def _judge_inventory(self, found: Sequence[tuple[str, Inventory]]) -> tuple[str, bool]:
+        everyone = [inventory for _, inventory in found]
+        self._report.findings += verdict.judge_inventory(everyone)
+        self._sections |= {"inventory": everyone, "kinds": kinds(everyone)}
+        return found[0][0], all(inventory["device"].startswith("cuda") for inventory in everyone)
 
-        dtypes: list[str] = self._board.agree(collectives.supported(self._world), judge)
-        return dtypes
+    # ---- collectives
+
+    @staticmethod
+    def _judge_dtypes(supported: Sequence[list[str]]) -> list[str]:
+        return [name for name in DTYPES if all(name in names for names in supported)]
 
     def _check_collectives(self, dtypes: Sequence[str], seed: int) -> None:
         todo = collectives.cases(self._size, self._max_bytes, dtypes, seed)
-        wrongs: list[Wrong] = []
+        tamper = self._trouble.tamper([case.elements for case in todo], seed)
+        found = collectives.check(self._world, enumerate(todo), tamper, self._mark)
+        look_closer = partial(self._look_closer, todo)
+        closer = collectives.check(self._world, self._board.agree(found, look_closer), tamper, self._mark)
+        self._board.agree((found, closer), partial(self._judge_collectives, todo))
 
-        def judge_first(found: Sequence[list[dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
-            wrongs.extend(_wrongs(found))
-            return [(number, asdict(case)) for number, case in collectives.look_closer(todo, wrongs, self._size)]
+    def _look_closer(self, todo: Sequence[Case], found: Sequence[list[Wrong]]) -> list[tuple[int, Case]]:
+        return verdict.look_closer(todo, chain(*found), self._size)
 
-        def judge(found: Sequence[tuple[list[dict[str, Any]], list[int]]]) -> None:
-            closer = _wrongs([of_rank for of_rank, _ in found])
-            self._report.findings += collectives.attribute(todo, wrongs, closer, self._size)
-            self._report.findings += collectives.blame_barriers([early for _, early in found])
-            section = self._report.sections.get("collectives")
-            self._report.sections["collectives"] = collectives.section(section, todo, wrongs, self._size, self.round)
+    def _judge_collectives(self, todo: Sequence[Case], found: Sequence[tuple[list[Wrong], list[Wrong]]]) -> None:
+        wrongs, closer = ([*chain(*of_ranks)] for of_ranks in zip(*found, strict=True))
+        self._report.findings += verdict.judge_collectives(todo, wrongs, closer, self._size)
+        before = self._sections.get("collectives")
+        self._sections["collectives"] = collectives.section(before, todo, wrongs, self._size, self._round)
 
-        found = collectives.check(self._world, todo, self._trouble, self._mark)
-        answer = self._board.agree([asdict(wrong) for wrong in found], judge_first)
-        closer = [(number, Case(**case)) for number, case in answer]
-        found = collectives.check_closer(self._world, todo, closer, self._trouble)
-        early = collectives.check_barriers(self._board, self._world, seed, self._mark)
-        self._board.agree(([asdict(wrong) for wrong in found], early), judge)
+    # ---- speed
 
     def _measure_speed(self, probe: speed.Probe) -> None:
-        def judge(found: Sequence[tuple[float, list[dict[str, Any]]]]) -> None:
-            seconds = [of_rank for of_rank, _ in found]
-            timings = [[speed.Timing(**timing) for timing in of_rank] for _, of_rank in found]
-            sections = self._report.sections
-            factor = speed.choose_factor(self._world.device, shared=sharing(sections["inventory"]))
-            self._report.findings += speed.slow_ranks(seconds, list(sections["kinds"].values()), factor)
-            sections["speed"] = speed.section(seconds, timings, factor)
-
         probe.measure()
         timings = speed.measure(self._world, self._max_bytes, self._mark)
         probe.measure()
-        self._board.agree((probe.seconds, [asdict(timing) for timing in timings]), judge)
+        self._board.agree((probe.seconds, timings), self._judge_speed)
+
+    def _judge_speed(self, found: Sequence[tuple[float, list[Timing]]]) -> None:
+        seconds, timings = zip(*found, strict=True)
+        factor = verdict.slow_above(self._sections["inventory"])
+        self._report.findings += verdict.judge_speed(seconds, self._sections["kinds"].values(), factor)
+        self._sections["speed"] = speed.section(seconds, timings, verdict.slow_rule(factor))
+
+    # ---- training oracle
 
     def _train(self, workload: oracle.Workload, seed: int) -> None:
-        alone: list[Alone] = []
-        together: list[Together] = []
-        fleet: dict[str, list[int]] = self._report.sections.get("kinds", {})
-
-        def judge_first(found: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[int]:
-            alone.extend(Alone(**of_rank) for of_rank, _ in found)
-            together.extend(Together(**of_rank) for _, of_rank in found)
-            return oracle.ranks_to_repeat(fleet.values(), alone)
-
-        def judge(found: Sequence[dict[str, Any] | None]) -> None:
-            again = {rank: Alone(**of_rank) for rank, of_rank in enumerate(found) if of_rank is not None}
-            findings = oracle.judge(list(fleet.values()), alone, together, again)
-            self._report.findings += findings
-            section = self._report.sections.get("oracle")
-            self._report.sections["oracle"] = oracle.section(
-                section, fleet, alone, together, again, seed=seed, wrong=bool(findings)
-            )
-
         train_alone = partial(oracle.train_alone, self._world, workload, seed, self._trouble, self._mark)
-        mine = train_alone("alone")
-        ours = oracle.train_together(self._world, workload, seed, self._trouble, self._mark)
-        repeat = self._board.agree((asdict(Alone.of(mine)), asdict(Together.of(ours, mine))), judge_first)
-        again = asdict(Alone.of(train_alone("alone again"))) if self._world.ranks.rank in repeat else None
-        self._board.agree(again, judge)
+        run = train_alone("alone")
+        alone = Alone.of(run)
+        together = Together.of(oracle.train_together(self._world, workload, seed, self._trouble, self._mark), run)
+        repeat = self._board.agree(alone, self._judge_repetition)
+        again = Alone.of(train_alone("alone again")) if self._ranks.rank in repeat else None
+        self._board.agree((alone, together, again), partial(self._judge_trainings, seed))
+
+    def _judge_repetition(self, alone: Sequence[Alone]) -> list[int]:
+        return verdict.ranks_to_repeat(self._sections["kinds"].values(), alone)
+
+    def _judge_trainings(self, seed: int, found: Sequence[tuple[Alone, Together, Alone | None]]) -> None:
+        alone, together = [one for one, _, _ in found], [one for _, one, _ in found]
+        again = {rank: one for rank, (_, _, one) in enumerate(found) if one is not None}
+        fleet = self._sections["kinds"]
+        findings = verdict.judge_trainings(list(fleet.values()), alone, together, again)
+        self._report.findings += findings
+        self._sections["oracle"] = oracle.section(
+            self._sections.get("oracle"), fleet, alone, together, again, seed=seed, wrong=bool(findings)
+        )
 
 
-def _wrongs(found: Sequence[list[dict[str, Any]]]) -> list[Wrong]:
-    return [Wrong(**wrong) for of_rank in found for wrong in of_rank]
-
-
-def _why_not_to(out: Path) -> str | None:
-    """Why the figures cannot be written to `out`; None if they can."""
+def _why_not_to(out: Path) -> str:
+    """Why the figures cannot be written to `out`; empty if they can."""
     if out.is_dir():
         return f"--out {out} is a folder: name a file"
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         return f"--out {out} cannot be written: {out.parent} is no folder, or not to be written to"
-    return None
+    return ""

@@ -1,6 +1,7 @@
 """Loss and accuracy as integers: the same sums however the micro-batches are shared out, and no wrapping round."""
 
 import math
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import cast
 
@@ -110,7 +111,7 @@ def post(reader: SumsReader, step: int) -> None:
 
 
 def test_sums_are_read_at_once_without_delay() -> None:
-    reader = SumsReader(delay=0, seconds=1)
+    reader = SumsReader(delay=0, seconds=1, waiting=nullcontext())
     for step in range(3):
         post(reader, step)
         assert reader.peek() == [read(step)]
@@ -119,7 +120,7 @@ def test_sums_are_read_at_once_without_delay() -> None:
 
 
 def test_sums_are_read_one_agreement_late() -> None:
-    reader = SumsReader(delay=1, seconds=1)
+    reader = SumsReader(delay=1, seconds=1, waiting=nullcontext())
     assert (reader.read(), reader.peek(), reader.read(everything=True)) == ([], [], [])
     post(reader, 0)
     assert reader.read() == []
@@ -146,7 +147,7 @@ class Event:
 
 
 def test_a_sum_that_does_not_come_is_waited_for_in_bounded_time() -> None:
-    reader = SumsReader(delay=0, seconds=0.2)
+    reader = SumsReader(delay=0, seconds=0.2, waiting=nullcontext())
     reader._pending.append((3, 256, sums(3), cast(torch.cuda.Event, Event(times=100))))
     assert reader.read() == [read(3)]
     reader._pending.append((4, 320, sums(4), cast(torch.cuda.Event, Event(times=math.inf))))
