@@ -34,7 +34,7 @@ from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
 from ddp_circles.records.run_dir import RunDir
-from ddp_circles.records.wandb_follower import choose_mode, follow, new_run_id
+from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, new_run_id
 from ddp_circles.terminal import say, warn
 
 
@@ -219,7 +219,7 @@ def _make_writer(
         run_dir=run_dir,
         metrics_file=MetricsFile(run_dir.metrics, keep_below_epoch=found.state.get("epoch", 0)),
         console=Console(config.log_every, config.epochs),
-        follower=follow(
+        follower=WandbFollower(
             run_dir.path,
             mode=choose_mode(config.wandb),
             project=config.wandb_project,

@@ -14,25 +14,27 @@ Row = dict[str, float | int]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a metrics file by epoch, without a torn last one; empty where there is no file."""
-    return list(_rows_by_epoch(path).values())
-
-
-def _rows_by_epoch(path: Path) -> dict[int, Row]:
+    """The rows of a metrics file, each epoch once, without a torn last line; empty where there is no file."""
     try:
-        whole_lines = path.read_bytes().split(b"\n")[:-1]
+        whole_lines, _, _ = path.read_bytes().rpartition(b"\n")
     except FileNotFoundError:
-        return {}
-    rows: dict[int, Row] = {}
-    for line in whole_lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # damage: the epoch is missing, the others are not
+        return []
+    return list({row["epoch"]: row for row in parse_rows(whole_lines)}.values())
+
+
+def parse_rows(lines: bytes) -> list[Row]:
+    """The rows in whole `lines`; damaged ones are left out, since the others are good."""
+    rows: list[Row] = []
+    for line in lines.split(b"\n"):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             row: Row = json.loads(line)
-            rows[int(row["epoch"])] = row
+            row["epoch"], row["step"] = int(row["epoch"]), int(row["step"])
+            rows.append(row)
     return rows
 
 
-def _as_line(message: object) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+def _as_line(row: Row) -> bytes:
+    return json.dumps(row).encode() + b"\n"
 
 
 class MetricsFile:
@@ -46,7 +48,7 @@ class MetricsFile:
         self.path = path
         for leftover in path.parent.glob(f".{path.name}.*"):  # of a start that was killed while it did the same
             leftover.unlink()
-        kept = b"".join(_as_line(row) for epoch, row in _rows_by_epoch(path).items() if epoch < keep_below_epoch)
+        kept = b"".join(_as_line(row) for row in read_rows(path) if row["epoch"] < keep_below_epoch)
         if not path.exists() or path.read_bytes() != kept:
             write_atomically(path, kept)
         self._file: int | None = os.open(path, os.O_WRONLY)

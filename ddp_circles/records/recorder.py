@@ -33,7 +33,7 @@ class Writer:
     run_dir: RunDir
     metrics_file: MetricsFile
     console: Console
-    follower: WandbFollower | None
+    follower: WandbFollower
     """The copy at Weights & Biases."""
     checkpoint_seconds: float
     checkpoint_steps: int
@@ -116,6 +116,7 @@ class Recorder:
         if self._writer is not None:
             self._writer.metrics_file.log(self.metrics)
             self._writer.console.log(self.metrics)
+            self._writer.follower.look()
 
     def save_due(self, steps_done: int) -> bool:
         """True when enough time or steps have passed; always False on ranks other than 0."""
@@ -170,8 +171,7 @@ class Recorder:
         writer.run_dir.write_config(config_toml)
         self._saved_step = self.global_step(progress)
         self.save(progress)
-        if writer.follower is not None:
-            writer.follower.start()
+        writer.follower.start()
 
     def _set_status(self, status: Status) -> None:
         if self._writer is not None:
@@ -198,8 +198,7 @@ class Recorder:
         draw()
         writer.run_dir.set_status("finished")
         writer.console.close()
-        if writer.follower is not None:
-            writer.follower.wait(FINISHED_SECONDS)
+        writer.follower.wait(FINISHED_SECONDS)
 
     def close(self) -> None:
         """Close the files and the copy at Weights & Biases, in bounded time; does nothing the second time."""
@@ -208,5 +207,4 @@ class Recorder:
             return
         writer.metrics_file.close()
         writer.console.close()
-        if writer.follower is not None:
-            writer.follower.wait(UNFINISHED_SECONDS)
+        writer.follower.wait(UNFINISHED_SECONDS)

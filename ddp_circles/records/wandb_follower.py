@@ -1,31 +1,108 @@
-"""Starts the program that copies a run to Weights & Biases, and waits for it in bounded time. Imports no wandb."""
+"""The trainer's side of Weights & Biases: starts the program that copies the run. Imports neither wandb nor torch."""
 
 import configparser
 import contextlib
+import json
 import netrc
 import os
 import secrets
+import signal
 import string
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from ddp_circles.job.stop import STOP_SIGNALS
+from ddp_circles.records.files import write_atomically
+from ddp_circles.terminal import warn
+
 Mode = Literal["online", "offline", "disabled"]
+RUN_FILE = ".wandb.json"
+"""The run's id, project and configuration, for `wandb_copy`, now or later."""
 
 
 class WandbFollower:
-    """The program that follows the metrics file of `run_dir` and copies it to Weights & Biases."""
+    """The program that follows a run's metrics file and copies it to Weights & Biases.
+
+    Nothing but `wait` takes time. Whatever goes wrong is one warning, and there is no second try.
+    """
+
+    def __init__(self, run_dir: Path, *, mode: Mode, project: str, run_id: str, config: dict[str, Any]) -> None:
+        self._run_dir = run_dir
+        self._mode = mode
+        self._run = {"run_id": run_id, "project": project, "config": config}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said_where = False
 
     def start(self) -> None:
-        """Start the program."""
+        """Note what a copy needs besides the metrics, and start the program unless the mode is `disabled`."""
+        try:
+            write_atomically(self._run_dir / RUN_FILE, json.dumps(self._run, indent=2, default=str).encode())
+            if self._mode != "disabled":
+                self._output = tempfile.TemporaryFile()  # noqa: SIM115
+                self._process = _start_program(self._run_dir, self._mode, self._output.fileno())
+        except OSError as error:
+            self._give_up(f"its program cannot be started: {error}")
+
+    def look(self) -> None:
+        """Pass on where the copy is, once, and warn if the program has failed."""
+        if self._process is None:
+            return
+        code = self._process.poll()
+        if code is None and self._said_where:
+            return
+        lines = os.pread(self._output.fileno(), 2**20, 0).decode(errors="replace").splitlines()
+        where = next((line for line in lines if line.startswith("wandb: ")), None)
+        if where and not self._said_where:
+            self._said_where = True
+            with contextlib.suppress(OSError):
+                print(where, file=sys.stderr, flush=True)
+        if code == 0:
+            self._let_go()
+        elif code is not None:
+            ended = f"its program ended with {code}" if code > 0 else f"its program was killed by signal {-code}"
+            self._give_up(lines[-1].removeprefix("error: ") if code > 0 and lines else ended)
 
     def wait(self, seconds: float) -> None:
-        """Wait for its end, and end it after `seconds`; does nothing the second time."""
+        """Wait for the program's end; kill it after `seconds`. Does nothing the second time."""
+        if self._process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        self.look()
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)  # wandb's own service ends itself after that
+            self._process.wait()
+            self._give_up(f"no end after {seconds:.0f} s")
+
+    def _give_up(self, cause: str) -> None:
+        warn(f"Weights & Biases is left out from here on ({cause}); metrics.jsonl has everything")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._process is not None:
+            self._process = None
+            self._output.close()
 
 
-def follow(run_dir: Path, *, mode: Mode, project: str, run_id: str, config: dict[str, Any]) -> WandbFollower | None:
-    """The follower of a run; None if `mode` is `disabled`."""
-    return None
+def _start_program(run_dir: Path, mode: Mode, output: int) -> "subprocess.Popen[bytes]":
+    """Start `wandb_copy` with the import paths of this process, out of reach of the job's signals."""
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "ddp_circles.records.wandb_copy", str(run_dir)]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by all that the program starts
+    try:
+        return subprocess.Popen(
+            [*command, "--wandb", mode, "--follow", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            start_new_session=True,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def new_run_id() -> str:

@@ -1,0 +1,106 @@
+"""A run at Weights & Biases, or its offline copy, made from `metrics.jsonl` and the files beside it."""
+
+import glob
+import json
+import os
+import shlex
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from ddp_circles.records.metrics_file import parse_rows
+
+POLL_SECONDS = 0.2
+SETTINGS: dict[str, Any] = {
+    "silent": True,
+    "console": "off",
+    "init_timeout": 15.0,
+    "finish_timeout": 60.0,
+    "allow_val_change": True,  # a continued run may have more epochs
+    "symlink": False,
+    "disable_code": True,
+    "disable_git": True,
+    "disable_job_creation": True,
+    "label_disable": True,
+    "sagemaker_disable": True,
+    "save_code": False,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
+"""Nothing printed, asked or collected but what is logged; names that the installed version lacks are left out."""
+
+
+def copy_run(
+    run_dir: Path,
+    *,
+    mode: Literal["online", "offline"],
+    run_id: str,
+    project: str,
+    config: dict[str, Any],
+    trainer: int | None,
+) -> None:
+    """Log the epochs in `run_dir` until the run is over or `trainer` is no longer this process's parent.
+
+    Online, epochs that the server has are passed over. Offline, the copy is built anew, and then those of earlier
+    starts are removed: `wandb sync` would let one folder replace the epochs of another.
+    """
+    earlier = []
+    if mode == "offline":
+        earlier = _offline_copies(run_dir, run_id)
+        while _offline_copies(run_dir, run_id, begun=time.strftime("%Y%m%d_%H%M%S")):
+            time.sleep(0.1)  # the new folder's name has the second in it
+    run = wandb.init(
+        mode=mode,
+        project=project,
+        id=run_id,
+        resume="allow",
+        dir=run_dir,
+        config=config,
+        settings=wandb.Settings(**{name: SETTINGS[name] for name in SETTINGS if name in wandb.Settings.model_fields}),
+    )
+    upload = f"wandb sync {shlex.quote(str(Path(run.dir).parent))}"
+    print(f"wandb: {run.url or f'offline; to upload: {upload}'}", flush=True)
+    for name in ("train/*", "test/*", "plots/*", "seconds", "step"):
+        run.define_metric(name, step_metric="epoch")
+
+    last_step, torn_line = None, b""
+    with (run_dir / "metrics.jsonl").open("rb") as file:
+        while True:
+            status = (run_dir / "status").read_text().strip()  # before the lines: a final one comes after the last
+            over = status in ("finished", "stopped", "failed") or os.getppid() != trainer
+            lines, _, torn_line = (torn_line + file.read()).rpartition(b"\n")
+            for row in parse_rows(lines):
+                step = int(row["step"])
+                if step >= run.starting_step and (last_step is None or step > last_step):
+                    run.log(row, step=step)
+                    last_step = step
+            while earlier:
+                shutil.rmtree(earlier.pop(), ignore_errors=True)
+            if over:
+                break
+            time.sleep(POLL_SECONDS)
+    if status == "finished":
+        _complete(run, run_dir, last_step, pictures=config.get("plots", True))
+    run.finish(exit_code=0 if status == "finished" else 1)
+
+
+def _offline_copies(run_dir: Path, run_id: str, begun: str = "????????_??????") -> list[Path]:
+    """The folders that `wandb sync` would take for this run."""
+    found = (run_dir / "wandb").glob(f"offline-run-{begun}-{glob.escape(run_id)}")
+    return [path for path in found if not path.is_symlink()]
+
+
+def _complete(run: wandb.Run, run_dir: Path, last_step: int | None, *, pictures: bool) -> None:
+    """Add what a finished run leaves beside its epochs."""
+    images = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(run_dir.glob("plots/*.png"))}
+    if images and pictures:  # others were drawn before the run went on
+        run.log(images, step=last_step)  # beside the last epoch's figures, which are still open
+    run.summary.update(json.loads((run_dir / "summary.json").read_bytes()))
+    model = wandb.Artifact(f"model-{run.id}", type="model")
+    model.add_file(str(run_dir / "model.safetensors"), policy="immutable", skip_cache=True)
+    run.log_artifact(model)
