@@ -1,4 +1,4 @@
-"""The data sets of the tutorial as tensors, split as there."""
+"""The tutorial's data sets as tensors, split into training and test samples as in the tutorial."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from torch import Tensor
 from ddp_circles.errors import UserError
 
 CACHED_FROM = 2_000_000
-"""Sets at least this large are cached on disk, and shared by the ranks of a node."""
+"""Sets of at least this many samples are cached on disk, and shared by the ranks of a node."""
 CACHE_WAIT_SECONDS = 3600.0
-"""How long a rank waits for another one of the node to make a set; 10^8 samples take two minutes."""
+"""Longest wait for another rank of the node to make a set; 10^8 samples take two minutes."""
 CACHE_FILES = ("train_inputs.npy", "train_targets.npy", "test_inputs.npy", "test_targets.npy")
 
 
 class Dataset(NamedTuple):
-    """Samples and their classes.
+    """Samples and their targets.
 
     `inputs`: float32 of shape [n, features]. `targets`: shape [n]; float32 zeros and ones for two classes, int64 class
     numbers for more.
@@ -34,18 +34,18 @@ class Dataset(NamedTuple):
     targets: Tensor
 
     def to(self, device: torch.device) -> "Dataset":
-        """The same samples on `device`."""
+        """Copy to `device`; samples already there are shared."""
         return Dataset(self.inputs.to(device), self.targets.to(device))
 
 
 class Split(NamedTuple):
-    """What is trained on, what is tested on."""
+    """Training samples and test samples."""
 
     train: Dataset
     test: Dataset
 
     def digest(self) -> str:
-        """One word for all samples, on whatever device: their SHA-256 in hexadecimal."""
+        """Compute the SHA-256 of all samples, in hexadecimal; the same on any device."""
         found = hashlib.sha256()
         for part in (*self.train, *self.test):
             found.update(f"{part.dtype} {tuple(part.shape)}".encode())
@@ -59,8 +59,8 @@ def make_points(
     """Make `circles`, `moons` or `blobs` and split them; the same arguments give the same bits.
 
     `noise` is the standard deviation of the points, for blobs that of each blob. Sets of `CACHED_FROM` samples or more
-    are made once per node and mapped into memory by all its ranks. Raises `UserError` where memory or disk cannot hold
-    so many.
+    are made once per node and mapped into memory by all its ranks. Raises `UserError` if memory or disk
+    cannot hold so many.
     """
     arguments: dict[str, Any] = {
         "dataset": dataset,
@@ -82,7 +82,7 @@ def make_points(
 
 
 def is_cached(n_samples: int) -> bool:
-    """Whether a set of so many samples is made once per node and kept in a file there."""
+    """Tell if a set of `n_samples` is made once per node and kept in files there."""
     return n_samples >= CACHED_FROM
 
 
@@ -93,13 +93,13 @@ def _generate(arguments: dict[str, Any]) -> Split:
 
 
 def _cached(arguments: dict[str, Any]) -> Split:
-    """The set from this node's cache; the first rank to ask makes it, under a lock, and the others wait."""
+    """Load the set from this node's cache; the first rank to ask makes it under a lock, while the others wait."""
     recipe = json.dumps(arguments | {name: version(name) for name in ("scikit-learn", "numpy")}, sort_keys=True)
     cache = Path(tempfile.gettempdir()) / f"ddp_circles-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     with FileLock(f"{folder}.lock", timeout=CACHE_WAIT_SECONDS):
-        if not _is_whole(folder):
+        if not _is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
             _store(_generate(arguments), folder)
     # Copy-on-write: the pages are shared by the node's ranks, and torch gets the writable memory that it insists on.
@@ -108,9 +108,9 @@ def _cached(arguments: dict[str, Any]) -> Split:
 
 
 def _store(split: Split, folder: Path) -> None:
-    """Write the parts of `split` and their checksums; the folder gets its name when it is whole."""
+    """Write the parts of `split` and their checksums; `folder` appears when it is complete."""
     made = folder.with_suffix(".partial")
-    shutil.rmtree(made, ignore_errors=True)  # what a start that was killed here left behind
+    shutil.rmtree(made, ignore_errors=True)  # left behind by a start that was killed here
     made.mkdir()
     try:
         for name, part in zip(CACHE_FILES, [*split.train, *split.test], strict=True):
@@ -122,7 +122,7 @@ def _store(split: Split, folder: Path) -> None:
         raise
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
         return bool(json.loads((folder / "checksums.json").read_text()) == _checksums(folder))
     except (OSError, ValueError):

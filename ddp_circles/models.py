@@ -1,4 +1,4 @@
-"""The classifiers, and the way from raw logits to prediction probabilities to prediction labels."""
+"""The classifiers; raw logits to prediction probabilities to prediction labels."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -38,12 +38,12 @@ class Classifier(nn.Module):
 
 
 def class_count(dataset: str) -> int:
-    """How many classes the points of `dataset` have."""
+    """Number of classes in `dataset`."""
     return BLOB_CENTRES if dataset == "blobs" else 2
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed loss of raw logits: binary cross-entropy for [n], cross-entropy for [n, classes]; a float32 scalar.
+    """Sum the loss of raw logits: binary cross-entropy for [n], cross-entropy for [n, classes]; a float32 scalar.
 
     Raises `UserError` for targets that are not float32 [n] for the first, int64 [n] for the second.
     """
@@ -72,5 +72,5 @@ def labels_of(probabilities: Tensor) -> Tensor:
 
 
 def correct_count(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many labels of `logits` equal `targets`; an int64 scalar."""
+    """Number of labels of `logits` that equal `targets`; an int64 scalar."""
     return (labels_of(probabilities_of(logits)) == targets).sum()

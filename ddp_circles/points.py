@@ -1,4 +1,4 @@
-"""Points by scikit-learn, called as in the tutorial's notebook."""
+"""The tutorial's points, made by scikit-learn; a module of its own, so that only the rank that makes them imports it."""
 
 import torch
 from sklearn import datasets
@@ -11,9 +11,9 @@ from ddp_circles.models import BLOB_CENTRES
 def generate(
     dataset: str, n_samples: int, noise: float, factor: float, test_fraction: float, data_seed: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inputs, float32 [n, 2], and classes of the training points and of the test points.
+    """Make the training points and the test points: inputs, float32 [n, 2], and targets.
 
-    Classes are float32 zeros and ones for `circles` and `moons`, int64 numbers for `blobs`. Source: scikit-learn's
+    Targets are float32 zeros and ones for `circles` and `moons`, int64 numbers for `blobs`. Source: scikit-learn's
     `make_circles`, `make_moons`, `make_blobs` and `train_test_split`.
     """
     if dataset == "circles":

@@ -2,20 +2,24 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 SUFFIX = ".partial"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a reader, or a power cut, sees the old file or the new one.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that takes the place of `path` when it is closed, so that a power cut leaves the old or the new.
 
-    Raises `OSError` with `path` untouched and no temporary file left.
+    Where writing fails or is interrupted, `path` is untouched and no temporary file is left.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fchmod(file.fileno(), 0o666 & ~_UMASK)
             os.fsync(file.fileno())
@@ -26,8 +30,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     flush_folder(path.parent)
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, as `replacing` does; raises `OSError`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
 def sweep(folder: Path) -> None:
-    """Remove what writes that were killed left behind in `folder`."""
+    """Remove the temporary files that killed writes left in `folder`."""
     for leftover in folder.glob(f".*{SUFFIX}"):
         leftover.unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ Every picture is a PNG file with the same bytes for the same figures, whatever t
 
 import copy
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,16 @@ from ddp_circles.records.files import write_atomically
 from ddp_circles.records.metrics_file import read_rows
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#7A1F3D", "#56B4E9", "#D55E00", "#F0E442", "#333333")
-"""Told apart with any kind of colour vision: Okabe and Ito's, but a darker purple, which is farther from the green."""
+"""Okabe and Ito's palette, distinct under every kind of colour vision; the purple is darker, farther from the green."""
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "p", "*")
 INK = "#222222"
 LEGEND_COLUMNS = 6
 POINTS_SHOWN = 1500
-"""Points drawn of each part, at the most."""
+"""Most points drawn in one panel."""
 GRID = 400
-"""Places along the longer side of the plane at which the model is asked."""
+"""Grid points along the longer side of the plane, at which the model is evaluated."""
 BATCH = 16384
-"""Samples the model is asked about at once."""
+"""Samples per forward pass."""
 
 STYLE: dict[RcKeyType, Any] = {
     "font.size": 12.0,
@@ -63,27 +63,22 @@ def draw_run(model: nn.Module, split: Split, *, metrics: Path, folder: Path) -> 
     folder.mkdir(exist_ok=True)
     draw_curves(read_rows(metrics), folder / "curves.png")
     if split.train.inputs.shape[1:] == (2,):
-        on_cpu = Split(*(Dataset(*(part.cpu() for part in samples)) for samples in split))
-        draw_decision_boundary(copy.deepcopy(model).cpu(), on_cpu, folder / "decision_boundary.png")
+        draw_decision_boundary(model, split, folder / "decision_boundary.png")
 
 
+@torch.inference_mode()
 def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
-    """Draw what `model` answers everywhere in the plane, under the training points and under the test points.
+    """Draw the predictions of `model` everywhere in the plane, under the training points and under the test points.
 
-    `model` maps float32 [n, 2] to logits, [n] for two classes or [n, classes]; it and `split` are on the same device,
-    and it is left in the mode it came in. Each place has the colour of its class, the paler the less sure the model is.
-    The accuracies are of all points; of many points an even share, the same each time, is drawn. Raises `OSError` if
-    `path` cannot be written. Source: the tutorial's `plot_decision_boundary`.
+    `model` maps float32 [n, 2] to logits, [n] for two classes or [n, classes]; a copy on the CPU is evaluated, so that
+    it stays as it is. Each place has the colour of its predicted class, paler where the probability is lower. The
+    accuracies are over all points; of many points a fixed random sample is drawn. Raises `OSError` if `path` cannot be
+    written. Source: the tutorial's `plot_decision_boundary`.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(), _style():
-            figure = _boundary_figure(model, split)
-            _save(figure, path)
-    finally:
-        for module, training in modes:
-            module.training = training
+    model = copy.deepcopy(model).cpu().eval()
+    split = Split(*(samples.to(torch.device("cpu")) for samples in split))
+    with _style():
+        _save(_boundary_figure(model, split), path)
 
 
 def draw_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -103,7 +98,7 @@ def draw_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Draw in the style of this module, then put back the settings found."""
+    """Apply the style of this module, then restore the user's settings."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
@@ -111,16 +106,16 @@ def _style() -> Iterator[None]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Store `figure` as PNG without the name of the program and the time, which would change the bytes."""
+    """Store `figure` as PNG."""
     content = io.BytesIO()
+    # Without the name and version of the program, which would change the bytes.
     figure.savefig(content, format="png", metadata={"Software": None})
     write_atomically(path, content.getvalue())
 
 
 def _boundary_figure(model: nn.Module, split: Split) -> Figure:
-
     (left, right), (bottom, top) = limits = _limits(split)
-    regions = _regions(model, limits, split.train.inputs)
+    regions = _regions(model, limits, split.train.inputs.dtype)
     text_lines = (max(len(samples.inputs) for samples in split) > POINTS_SHOWN) + len(regions) // LEGEND_COLUMNS
     size = (10.2, 4.5 * (top - bottom) / (right - left) + 1.35 + 0.25 * text_lines)
     figure = Figure(figsize=size, layout="constrained")
@@ -137,7 +132,7 @@ def _boundary_figure(model: nn.Module, split: Split) -> Figure:
 
 
 def _limits(split: Split) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The part of the plane to show, the same for both panels: all points and a margin, neither side very short."""
+    """Choose the part of the plane that both panels show: all points and a margin, neither side very short."""
     points = torch.cat([samples.inputs for samples in split])
     low, high = points.amin(dim=0).tolist(), points.amax(dim=0).tolist()
     middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
@@ -147,12 +142,8 @@ def _limits(split: Split) -> tuple[tuple[float, float], tuple[float, float]]:
     return (middle[0] - half[0], middle[0] + half[0]), (middle[1] - half[1], middle[1] + half[1])
 
 
-def _batches(inputs: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
-    return torch.cat([ask(batch) for batch in inputs.split(BATCH)])
-
-
 def _accuracy(model: nn.Module, samples: Dataset) -> float:
-    """Right answers in percent."""
+    """Accuracy in percent."""
     correct = sum(
         int(correct_count(model(inputs), targets))
         for inputs, targets in zip(samples.inputs.split(BATCH), samples.targets.split(BATCH), strict=True)
@@ -160,23 +151,21 @@ def _accuracy(model: nn.Module, samples: Dataset) -> float:
     return correct / len(samples.inputs) * 100
 
 
-def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], like: Tensor) -> np.ndarray[Any, Any]:
-    """The probability of each class at each place of the plane; shape [classes, rows, columns]."""
+def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """Evaluate the probability of each class on a grid over the plane; shape [classes, rows, columns]."""
     spans = [high - low for low, high in limits]
     counts = [max(2, round(GRID * span / max(spans))) for span in spans]
     columns, rows = (
-        torch.linspace(low, high, count, device=like.device, dtype=like.dtype)
-        for (low, high), count in zip(limits, counts, strict=True)
+        torch.linspace(low, high, count, dtype=dtype) for (low, high), count in zip(limits, counts, strict=True)
     )
     places = torch.cartesian_prod(rows, columns).flip(1)
-    probabilities = _batches(places, lambda inputs: probabilities_of(model(inputs)))
+    probabilities = torch.cat([probabilities_of(model(batch)) for batch in places.split(BATCH)])
     if probabilities.ndim == 1:
         probabilities = torch.stack([1 - probabilities, probabilities], dim=1)
-    return probabilities.T.reshape(-1, len(rows), len(columns)).cpu().numpy()
+    return probabilities.T.reshape(-1, len(rows), len(columns)).numpy()
 
 
 def _draw_regions(axes: Axes, regions: np.ndarray[Any, Any], limits: tuple[tuple[float, float], ...]) -> None:
-
     classes = len(regions)
     palette = np.array([to_rgb(_colour(number)) for number in range(classes)])
     sureness = (regions.max(axis=0) * classes - 1) / (classes - 1)
@@ -192,7 +181,7 @@ def _draw_regions(axes: Axes, regions: np.ndarray[Any, Any], limits: tuple[tuple
 
 def _draw_points(axes: Axes, samples: Dataset, *, classes: int) -> None:
     shown = _subset(len(samples.inputs))
-    inputs, targets = samples.inputs[shown].cpu().numpy(), samples.targets[shown].cpu().numpy()
+    inputs, targets = samples.inputs[shown].numpy(), samples.targets[shown].numpy()
     size = 36 if len(inputs) <= 250 else 24
     for number in range(classes):
         points = inputs[targets == number]
@@ -207,8 +196,8 @@ def _draw_points(axes: Axes, samples: Dataset, *, classes: int) -> None:
         )
 
 
-def _subset(count: int) -> torch.Tensor:
-    """Which of `count` points are drawn: all, or a random choice that is the same each time."""
+def _subset(count: int) -> Tensor:
+    """Choose which of `count` points are drawn: all, or a random sample that is the same each time."""
     if count <= POINTS_SHOWN:
         return torch.arange(count)
     chosen = np.random.default_rng(0).choice(count, POINTS_SHOWN, replace=False)
@@ -221,7 +210,6 @@ def _share_shown(samples: Dataset) -> str:
 
 
 def _add_legend(figure: Figure, *, classes: int, boundary: bool) -> None:
-
     handles = [
         Line2D(
             [],
@@ -247,15 +235,15 @@ def _marker(number: int) -> str:
     return MARKERS[number % len(MARKERS)]
 
 
-def _curves(axes: Axes, metrics: Sequence[Mapping[str, float]], figure: str, *, scale: float) -> None:
-    """Draw one figure of the rows by epoch, training and test, told apart by colour, stroke and marker."""
+def _curves(axes: Axes, metrics: Sequence[Mapping[str, float]], name: str, *, scale: float) -> None:
+    """Draw the column `name` of the rows by epoch, training and test, distinct by colour, stroke and marker."""
     epochs = [row["epoch"] for row in metrics]
     every = max(1, len(epochs) // 12)
     for part, colour, stroke, marker, first in (
         ("train", COLOURS[0], "-", "o", 0),
         ("test", COLOURS[5], "--", "^", every // 2),
     ):
-        values = [row[f"{part}/{figure}"] * scale for row in metrics]
+        values = [row[f"{part}/{name}"] * scale for row in metrics]
         axes.plot(epochs, values, color=colour, linestyle=stroke, marker=marker, markevery=(first, every), label=part)
     if len(epochs) == 1:
         axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
