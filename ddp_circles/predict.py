@@ -60,7 +60,7 @@ def _answer(chosen: CommandLine) -> str:
         raise UserError("give exactly one of --points, --csv and --show")
     if (chosen.csv is None) != (chosen.out is None):
         raise UserError("--csv IN.csv and --out OUT.csv belong together")
-    from ddp_circles import inference
+    from ddp_circles import inference  # noqa: PLC0415 - the seam: no torch before this line
 
     config, model = inference.load_model(chosen.run_dir)
     if chosen.show is not None:

@@ -262,7 +262,7 @@ def _summary(
 def _draw(config: Config, bare: nn.Module, split: Split, found: Found) -> None:
     """Draw the pictures of a finished run; rank 0 alone calls this."""
     if config.plots and found.run_dir is not None:
-        from ddp_circles.records.plots import draw_run  # matplotlib takes a while to import, and most ranks do without
+        from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
         draw_run(bare, split, metrics=found.run_dir.metrics, folder=found.run_dir.plots)
 

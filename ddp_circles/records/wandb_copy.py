@@ -61,7 +61,7 @@ def _copy(run_dir: Path, wanted: str, trainer: int | None) -> None:
     for name in ("WANDB_MODE", "WANDB_SERVICE"):
         os.environ.pop(name, None)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nobody is asked for anything
-    from ddp_circles.records.wandb_run import copy_run
+    from ddp_circles.records.wandb_run import copy_run  # noqa: PLC0415 - the seam: wandb is slow to import
 
     (run_dir / "wandb").mkdir(exist_ok=True)
     try:
