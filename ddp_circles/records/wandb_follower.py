@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from ddp_circles.job.stop import STOP_SIGNALS
@@ -34,6 +34,7 @@ class WandbFollower:
         self._run_dir = run_dir
         self._mode = mode
         self._run = {"run_id": run_id, "project": project, "config": config}
+        self._output: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._said_where = False
 
@@ -43,13 +44,13 @@ class WandbFollower:
             write_atomically(self._run_dir / RUN_FILE, json.dumps(self._run, indent=2, default=str).encode())
             if self._mode != "disabled":
                 self._output = tempfile.TemporaryFile()  # noqa: SIM115
-                self._process = _start_program(self._run_dir, self._mode, self._output.fileno())
+                self._process = _start_program(self._run_dir, self._mode, self._output)
         except OSError as error:
             self._give_up(f"its program cannot be started: {error}")
 
     def look(self) -> None:
         """Pass on where the copy is, once, and warn if the program has failed."""
-        if self._process is None:
+        if self._process is None or self._output is None:
             return
         code = self._process.poll()
         if code is None and self._said_where:
@@ -83,12 +84,12 @@ class WandbFollower:
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._process is not None:
-            self._process = None
+        self._process = None
+        if self._output is not None:
             self._output.close()
 
 
-def _start_program(run_dir: Path, mode: Mode, output: int) -> "subprocess.Popen[bytes]":
+def _start_program(run_dir: Path, mode: Mode, output: IO[bytes]) -> "subprocess.Popen[bytes]":
     """Start `wandb_copy` with the import paths of this process, out of reach of the job's signals."""
     command = [sys.executable, "-P", "-W", "ignore", "-m", "ddp_circles.records.wandb_copy", str(run_dir)]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited by all that the program starts
@@ -106,8 +107,10 @@ def _start_program(run_dir: Path, mode: Mode, output: int) -> "subprocess.Popen[
 
 
 def new_run_id() -> str:
-    """A short id that no other run has."""
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+    """A short id that no other run has; in a sweep, the one that its agent has given."""
+    return os.environ.get("WANDB_RUN_ID") or "".join(
+        secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8)
+    )
 
 
 def choose_mode(mode: str) -> Mode:

@@ -96,9 +96,10 @@ def _offline_copies(run_dir: Path, run_id: str, begun: str = "????????_??????") 
 
 
 def _complete(run: wandb.Run, run_dir: Path, last_step: int | None, *, pictures: bool) -> None:
-    """Add what a finished run leaves beside its epochs."""
+    """Add what a finished run leaves beside its epochs; `last_step` is None if the server had those."""
     images = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(run_dir.glob("plots/*.png"))}
-    if images and pictures:  # others were drawn before the run went on
+    has_images = last_step is None and all(run.summary.get(name) for name in images)  # type: ignore[no-untyped-call]
+    if images and pictures and not has_images:  # without `pictures` they were drawn before the run went on
         run.log(images, step=last_step)  # beside the last epoch's figures, which are still open
     run.summary.update(json.loads((run_dir / "summary.json").read_bytes()))
     model = wandb.Artifact(f"model-{run.id}", type="model")

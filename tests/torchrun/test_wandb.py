@@ -1,149 +1,132 @@
-"""Under torchrun, Weights & Biases gets every epoch once, and whatever its server does, the training goes its way."""
+"""The copy at Weights & Biases has every epoch once, and whatever its server does, the training goes its way."""
 
-import json
 import os
+import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from ddp_circles.records import metrics_file as tracking
+from ddp_circles.records.metrics_file import Row, read_rows
+from tests.harness.runs import PROJECT, metrics, start, status, torchrun
+from tests.harness.tracked import wait_until, wait_until_none_at
+from tests.harness.wandb_log import epochs, only_folder
 
-ROOT = Path(__file__).parents[2]
 EPOCHS = 8
-NOTE_IMPORTS = """
-import os, sys
-HEAVY = {"wandb", "matplotlib", "sklearn"}
-ROLE = "tracking" if "serve()" in " ".join(sys.orig_argv) else "training"
-def note(event, arguments):
-    if event == "import" and arguments[0] in HEAVY:
-        name = "-".join([os.environ.get("RANK", "launcher"), ROLE, arguments[0]])
-        open(os.path.join(os.environ["NOTES"], name), "w").close()
-sys.addaudithook(note)
-open(os.path.join(os.environ["NOTES"], "-".join([os.environ.get("RANK", "launcher"), ROLE])), "w").close()
-"""
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """A home without credentials, and processes that note which heavy modules they import."""
-    for folder in ("home", "notes", "site"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(NOTE_IMPORTS)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_") and name != "NETRC"}
-    return kept | {
-        "HOME": str(tmp_path / "home"),
-        "NOTES": str(tmp_path / "notes"),
-        "PYTHONPATH": str(tmp_path / "site"),
-    }
+KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(environment: dict[str, str]) -> Iterator[None]:
-    yield
-    deadline = time.monotonic() + 10
-    while left := _processes_at(environment["HOME"]):
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.1)
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A home for the trainers without credentials, in which no process may be left."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    yield folder
+    wait_until_none_at(folder)
 
 
-def _processes_at(home: str) -> list[str]:
-    """The command lines of all processes, orphans included, that this test has started."""
-    found = psutil.process_iter(["environ", "status", "cmdline"])
-    return [
-        " ".join(process.info["cmdline"] or ())
-        for process in found
-        if process.info["status"] != psutil.STATUS_ZOMBIE and (process.info["environ"] or {}).get("HOME") == home
-    ]
-
-
-def train(
-    run_dir: Path, environment: dict[str, str], *flags: str, launch: tuple[str, ...] = (), epochs: int = EPOCHS
-) -> str:
-    """Train on two ranks; what they and the launcher say. Fails unless the run finishes with whole metrics."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += ["--nproc_per_node=2", *launch, "-m", "ddp_circles.train", "--run-dir", str(run_dir)]
-    command += ["--n-samples", "200", "--epochs", str(epochs), "--log-every", "1", *flags]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200
-    )
-    assert done.returncode == 0, done.stdout
-    assert (run_dir / "status").read_text() == "finished\n", done.stdout
-    assert [row["epoch"] for row in tracking.read_rows(run_dir / "metrics.jsonl")] == list(range(epochs))
-    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("Epoch: ")][-1] == str(epochs - 1)
-    return done.stdout
+def train(tmp_path: Path, *flags: object, options: tuple[str, ...] = (), **variables: str) -> str:
+    """Train under torchrun on two ranks; returns what was printed. The run must finish with whole metrics."""
+    flags = ("--n-samples=200", f"--epochs={EPOCHS}", "--log-every=1", *flags)
+    (tmp_path / "notes").mkdir()
+    variables |= {
+        "HOME": str(tmp_path / "home"),
+        "NETRC": str(tmp_path / "home" / ".netrc"),
+        "NOTES": str(tmp_path / "notes"),
+        "PYTHONPATH": os.pathsep.join([str(PROJECT / "tests" / "harness" / "note_imports"), str(PROJECT)]),
+    }
+    with torchrun(tmp_path / "log", 2, tmp_path / "run", *flags, options=options, variables=variables) as command:
+        assert command.wait(200) == 0, command.output
+        said = command.output
+    assert status(tmp_path / "run") == "finished", said
+    assert [row["epoch"] for row in metrics(tmp_path / "run")] == list(range(EPOCHS))
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("Epoch: ")][-1] == str(EPOCHS - 1)
+    return said
 
 
 def warnings_in(text: str) -> list[str]:
     return [line for line in text.splitlines() if "warning: " in line]
 
 
-def notes(environment: dict[str, str]) -> set[str]:
-    return {path.name for path in Path(environment["NOTES"]).iterdir()}
-
-
-def tracked_epochs(run_dir: Path) -> list[int]:
-    """The epochs in the files of wandb's, which must be of one run, in the order they were logged."""
-    from wandb.proto import wandb_internal_pb2
-
-    found = []
-    logs = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len({log.name for log in logs}) == 1
-    for log in logs:
-        for content in tracking._log_records(log.read_bytes()):
-            record = wandb_internal_pb2.Record.FromString(content)  # type: ignore[attr-defined]
-            items = {".".join(item.nested_key): item.value_json for item in record.history.item}
-            found += [json.loads(items["epoch"])] if items else []
-    return found
-
-
-@pytest.mark.timeout(240)
-def test_without_an_account_rank_0_alone_tracks_offline(tmp_path: Path, environment: dict[str, str]) -> None:
-    said = train(tmp_path / "run", environment)
-    assert tracked_epochs(tmp_path / "run") == list(range(EPOCHS))
-    assert warnings_in(said) == []
-    assert said.count("wandb:") == 1
-    assert notes(environment) >= {"0-training", "1-training", "0-tracking", "0-tracking-wandb", "0-training-matplotlib"}
-    assert not {
-        note for note in notes(environment) if note.startswith(("1-training-", "1-tracking", "launcher-training-"))
-    }
-    assert "0-training-wandb" not in notes(environment)
-
-
-@pytest.mark.timeout(240)
-def test_with_neither_tracking_nor_plots_no_process_imports_either(tmp_path: Path, environment: dict[str, str]) -> None:
-    said = train(tmp_path / "run", environment, "--wandb", "disabled", "--no-plots")
-    assert warnings_in(said) == []
-    assert notes(environment) == {"launcher-training", "0-training", "0-training-sklearn", "1-training"}
-    assert not (tmp_path / "run" / "wandb").exists()
-
-
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("server", ["closed", "silent"])
-def test_a_server_that_is_down_costs_a_warning(tmp_path: Path, environment: dict[str, str], server: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        environment["WANDB_API_KEY"] = "0123456789abcdef0123456789abcdef01234567"
-        environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        if server == "closed":
-            listener.close()
-        started = time.monotonic()
-        said = train(tmp_path / "run", environment)
-        assert time.monotonic() - started < 60
-    (warning,) = warnings_in(said)
-    assert "Weights & Biases is left out" in warning
-    assert environment["WANDB_API_KEY"] not in said
+def notes(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "notes").iterdir()}
 
 
 @pytest.mark.timeout(300)
-def test_restarts_go_on_in_the_same_tracked_run(tmp_path: Path, environment: dict[str, str]) -> None:
-    flags = ("--wandb", "offline", "--no-plots", "--checkpoint-steps", "10", "--batch-size", "16")
-    said = train(tmp_path / "run", environment, *flags, "--fault", "kill@0:47", launch=("--max-restarts=1",))
-    assert said.count("wandb:") >= 1
-    assert tracked_epochs(tmp_path / "run") == list(range(EPOCHS))
-    train(tmp_path / "run", environment, *flags, epochs=EPOCHS + 4)
-    assert tracked_epochs(tmp_path / "run") == list(range(EPOCHS + 4))
+def test_three_kills_and_other_sizes_leave_one_folder_with_each_epoch_once(tmp_path: Path, home: Path) -> None:
+    run_dir = tmp_path / "run"
+    flags = ("--wandb=offline", "--n-samples=200", "--batch-size=16", "--checkpoint-steps=150")
+    folders: set[Path] = set()
+    for size in (2, 1, 3):
+        more = len(lines(run_dir)) + 20
+        with start(size, run_dir, *flags, "--epochs=1000000", variables={"HOME": str(home)}) as job:
+            wait_until(lambda: len(lines(run_dir)) > more and bool(folders_of(run_dir) - folders), 100)  # noqa: B023
+            job.signal(signal.SIGKILL, 0)
+        folders |= folders_of(run_dir)
+    wait_until_none_at(home, 15)
+    assert epochs(run_dir) == [line["epoch"] for line in lines(run_dir)]
+    total = len(lines(run_dir)) + 20
+    with start(2, run_dir, *flags, f"--epochs={total}", variables={"HOME": str(home)}) as job:
+        outcomes = job.wait(100)
+    for outcome in outcomes:
+        assert outcome.code == 0, outcome.output
+        assert warnings_in(outcome.output) == []
+    assert [line["epoch"] for line in lines(run_dir)] == list(range(total))
+    assert epochs(run_dir) == list(range(total))
+    assert only_folder(run_dir) not in folders
+
+
+def lines(run_dir: Path) -> list[Row]:
+    return read_rows(run_dir / "metrics.jsonl")
+
+
+def folders_of(run_dir: Path) -> set[Path]:
+    return set(run_dir.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.timeout(240)
+def test_without_an_account_rank_0_alone_tracks_offline(tmp_path: Path) -> None:
+    said = train(tmp_path, "--wandb=auto", "--plots")
+    assert epochs(tmp_path / "run") == list(range(EPOCHS))
+    assert warnings_in(said) == []
+    assert said.count("wandb: offline; to upload: wandb sync ") == said.count("wandb:") == 1
+    assert notes(tmp_path) >= {"0-training", "1-training", "0-tracking", "0-tracking-wandb", "0-training-matplotlib"}
+    assert "0-training-wandb" not in notes(tmp_path)
+    others = ("1-training-", "1-tracking", "launcher-training-")
+    assert not [note for note in notes(tmp_path) if note.startswith(others)]
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(240)
+def test_with_neither_tracking_nor_plots_no_process_imports_either(tmp_path: Path) -> None:
+    said = train(tmp_path)
+    assert warnings_in(said) == []
+    assert notes(tmp_path) == {"launcher-training", "0-training", "0-training-sklearn", "1-training"}
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("server", ["closed", "silent"])
+def test_a_server_that_is_down_costs_a_warning(tmp_path: Path, server: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if server == "closed":
+            listener.close()
+        started = time.monotonic()
+        said = train(tmp_path, "--wandb=auto", WANDB_API_KEY=KEY, WANDB_BASE_URL=address)
+        assert time.monotonic() - started < 60
+    (warning,) = warnings_in(said)
+    assert "Weights & Biases is left out" in warning
+    assert KEY not in said
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(240)
+def test_a_restart_by_the_launcher_goes_on_in_the_same_tracked_run(tmp_path: Path) -> None:
+    flags = ("--wandb=offline", "--checkpoint-steps=10", "--batch-size=16", "--fault=kill@0:47")
+    train(tmp_path, *flags, options=("--max-restarts=1",))
+    assert only_folder(tmp_path / "run")
+    assert epochs(tmp_path / "run") == list(range(EPOCHS))
