@@ -1,4 +1,4 @@
-"""The tutorial's points, made by scikit-learn; a module of its own, so that only the rank that makes them imports it."""
+"""The tutorial's points, made by scikit-learn; a module of its own, imported only on the rank that makes them."""
 
 import torch
 from sklearn import datasets
