@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ from sklearn.datasets import make_blobs, make_circles, make_moons
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ddp_circles import Config, data, fit
-from ddp_circles.data import Split, make_points
+from ddp_circles import Config, data, fit, points
+from ddp_circles.data import Dataset, Split, make_points
 from ddp_circles.errors import UserError
 from ddp_circles.models import Classifier, class_count, correct_count, labels_of, loss_sum, probabilities_of
 from tests.harness.ranks import run_ranks
@@ -84,8 +85,8 @@ def test_the_first_point_is_the_published_one() -> None:
     X, y = make_circles(1000, noise=0.03, random_state=42)  # noqa: N806
     np.testing.assert_allclose(X[0], [0.75424625, 0.23148074], atol=1e-8)  # as printed in the tutorial's notebook
     split = make_points("circles", **CIRCLES)  # type: ignore[arg-type]
-    points = torch.cat([split.train.inputs, split.test.inputs])
-    assert (points == torch.from_numpy(X[0]).float()).all(dim=1).sum() == 1
+    made = torch.cat([split.train.inputs, split.test.inputs])
+    assert (made == torch.from_numpy(X[0]).float()).all(dim=1).sum() == 1
     assert y.mean() == 0.5
 
 
@@ -103,18 +104,22 @@ def small_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def made_afresh(dataset: str, arguments: dict[str, float]) -> Split:
+    return Split(*(Dataset(*part) for part in points.generate(dataset, **arguments)))  # type: ignore[arg-type]
+
+
 def test_a_stored_set_is_the_same_and_made_once(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = data._generate("blobs", **BLOBS)  # type: ignore[arg-type]
+    fresh = made_afresh("blobs", BLOBS)
     assert same(make_points("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
     assert not same(make_points("blobs", **(BLOBS | {"data_seed": 1})), fresh)  # type: ignore[arg-type]
-    monkeypatch.setattr(data, "_generate", None)
+    monkeypatch.setattr(points, "generate", None)
     assert same(make_points("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["train_inputs.npy", "test_targets.npy", "checksums.json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_stored_set_is_made_again(small_cache: Path, name: str, damage: str) -> None:
-    fresh = data._generate("circles", **CIRCLES)  # type: ignore[arg-type]
+    fresh = made_afresh("circles", CIRCLES)
     make_points("circles", **CIRCLES)  # type: ignore[arg-type]
     [file] = small_cache.glob(f"*/*/{name}")
     content = file.read_bytes()
@@ -126,48 +131,41 @@ def test_a_damaged_stored_set_is_made_again(small_cache: Path, name: str, damage
     assert file.read_bytes() == content
 
 
-def refusal(folder: Path) -> str:
-    """What is said where the cache's folder cannot be made."""
-    data.CACHED_FROM = 1
-    tempfile.tempdir = str(folder)
-    (folder / f"ddp_circles-{os.getuid()}").touch()
-    return what_fit_says(folder)
+def test_a_set_that_cannot_be_stored_is_the_users_to_put_right(small_cache: Path) -> None:
+    (small_cache / f"ddp_circles-{os.getuid()}").touch()  # where the cache's folder should be
+    with pytest.raises(UserError, match=r"^--n-samples 1000: .* cannot be written .* set TMPDIR "):
+        make_points("circles", **CIRCLES)  # type: ignore[arg-type]
 
 
-def refusal_for_memory(folder: Path) -> str:
-    """What is said where the points need more memory than there is."""
-
-    def generate(**_: object) -> Split:
-        np.empty(2**58)  # two exbibytes
-        raise AssertionError
-
-    setattr(data, "_generate", generate)  # noqa: B010 - a plain assignment has another type
-    return what_fit_says(folder)
+TOO_MUCH_MEMORY = r"^--n-samples 1000 needs more memory than there is \(.+\): use fewer$"
 
 
-def what_fit_says(folder: Path) -> str:
-    try:
+def take_two_exbibytes(**_arguments: object) -> None:
+    """Make points, if there were the memory for it."""
+    np.empty(2**58)
+
+
+def test_more_points_than_memory_holds_are_the_users_to_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(points, "generate", take_two_exbibytes)
+    with pytest.raises(UserError, match=TOO_MUCH_MEMORY):
+        make_points("circles", **CIRCLES)  # type: ignore[arg-type]
+
+
+def fit_without_memory(folder: Path) -> str:
+    """Train where the points need more memory than there is; returns the refusal."""
+    setattr(points, "generate", take_two_exbibytes)  # noqa: B010 - a plain assignment has another type
+    with pytest.raises(UserError) as caught:
         fit(Config(run_dir=folder / "run", epochs=1, wandb="disabled", plots=False))
-    except UserError as error:
-        return str(error)
-    return ""
+    return str(caught.value)
 
 
-def test_a_set_that_cannot_be_stored_is_the_users_to_put_right(tmp_path: Path) -> None:
-    said = run_ranks(refusal, 1, tmp_path)[0]
-    assert said.startswith("--n-samples 1000: ")
-    assert "cannot be written" in said
-    assert "TMPDIR" in said
-
-
-def test_more_points_than_memory_holds_are_the_users_to_put_right(tmp_path: Path) -> None:
-    said = run_ranks(refusal_for_memory, 1, tmp_path)[0]
-    assert said.startswith("--n-samples 1000 needs more memory than there is (")
-    assert "use fewer" in said
+@pytest.mark.thorough
+def test_fit_refuses_them_too(tmp_path: Path) -> None:
+    assert re.match(TOO_MUCH_MEMORY, run_ranks(fit_without_memory, 1, tmp_path)[0])
 
 
 def make_at_once(folder: str) -> tuple[float, list[str]]:
-    """Make a stored set beside other ranks; returns a sum over it, and what is in the cache then."""
+    """Make a stored set beside other ranks; returns a sum over it, and the names in the cache then."""
     data.CACHED_FROM = 1
     tempfile.tempdir = folder
     split = make_points("circles", **CIRCLES)  # type: ignore[arg-type]
@@ -235,9 +233,9 @@ def test_models_are_the_tutorials(
     ours = Classifier(2, hidden, activation, classes)
     for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(parameter, expected)
-    points = make_points("circles", **CIRCLES).test.inputs  # type: ignore[arg-type]
-    logits = ours(points)
-    assert torch.equal(logits, theirs(points).squeeze(1) if classes == 2 else theirs(points))
+    inputs = make_points("circles", **CIRCLES).test.inputs  # type: ignore[arg-type]
+    logits = ours(inputs)
+    assert torch.equal(logits, theirs(inputs).squeeze(1) if classes == 2 else theirs(inputs))
     assert logits.shape == ((200,) if classes == 2 else (200, 4))
 
 
