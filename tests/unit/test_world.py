@@ -259,10 +259,10 @@ def open_without_gpu(rank: int) -> str:
 @pytest.mark.parametrize("agent_serves", [True, False])
 def test_a_missing_gpu_on_one_rank_is_refused_on_all(agent_serves: bool) -> None:
     environment = {} if agent_serves else {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
-    said = run_ranks(open_without_gpu, 3, 2, environment=environment)
-    assert len(set(said)) == 1
-    assert said[0].startswith("rank 2 (host ")
-    assert "--device cuda was asked for and torch sees no CUDA device here" in said[0]
+    refusals = run_ranks(open_without_gpu, 3, 2, environment=environment)
+    assert len(set(refusals)) == 1
+    assert refusals[0].startswith("rank 2 (host ")
+    assert "--device cuda was asked for and torch sees no CUDA device here" in refusals[0]
 
 
 def refuse_on_one(rank: int) -> str:
@@ -281,10 +281,10 @@ def refuse_on_one(rank: int) -> str:
 
 
 def test_a_refusal_on_one_rank_is_raised_on_all() -> None:
-    said = run_ranks(refuse_on_one, 3, 1)
-    assert len(set(said)) == 1
-    assert said[0].endswith("): --n-samples: too many for this node")
-    assert said[0].startswith("rank 1 (host ")
+    refusals = run_ranks(refuse_on_one, 3, 1)
+    assert len(set(refusals)) == 1
+    assert refusals[0].endswith("): --n-samples: too many for this node")
+    assert refusals[0].startswith("rank 1 (host ")
 
 
 def use_world() -> dict[str, Any]:
@@ -298,7 +298,7 @@ def use_world() -> dict[str, Any]:
         seen["broadcast"] = world.broadcast([f"from {ranks.rank}"])
         seen["first"] = world.agree_on_first(f"word of {ranks.rank}")
         seen["again"] = world.agree_on_first("another word")
-        seen["words"] = world.describe()
+        seen["description"] = world.describe()
     seen["closed"] = not dist.is_initialized()
     return seen
 
@@ -312,7 +312,7 @@ def test_a_world_opens_and_closes(size: int) -> None:
         assert seen["gather"] == [{"rank": other} for other in range(size)]
         assert seen["broadcast"] == ["from 0"]
         assert seen["first"] == results[0]["first"] == seen["again"]
-        assert seen["words"] == f"{size} rank{'s' * (size > 1)} (torchrun), cpu, gloo"
+        assert seen["description"] == f"{size} rank{'s' * (size > 1)} (torchrun), cpu, gloo"
         assert seen["closed"]
     assert results[0]["first"] in [f"word of {rank}" for rank in range(size)]
 
