@@ -1,4 +1,4 @@
-"""What a script cannot do without before its first step: torch, the same points, the same group, a model in DDP."""
+"""The least a script needs before its first step: torch, the same points, a process group, a model in DDP."""
 
 import os
 
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def main() -> None:
-    """Take one step."""
+    """Join the process group and take one step."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29444"}.items():
         os.environ.setdefault(name, value)
     dist.init_process_group("gloo")

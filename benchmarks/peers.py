@@ -1,7 +1,7 @@
-"""The same training job as each contender's own documentation would write it.
+"""The same training job for all contenders, each written as its own documentation would.
 
 The job: a 2-10-10-1 network with ReLU, Adam, binary cross-entropy, a new order every epoch, and each epoch's mean loss
-and accuracy over all ranks. Nobody reads a figure from the device within an epoch.
+and accuracy over all ranks. No contender reads from the device within an epoch.
 """
 
 import gc
@@ -25,7 +25,7 @@ from ddp_circles import Config, fit
 from ddp_circles.data import Dataset, Split, make_points
 
 Figures = tuple[float, float]
-"""Mean loss and accuracy of the last epoch over all ranks."""
+"""Mean loss and accuracy of the last epoch, over all ranks."""
 HIDDEN = (10, 10)
 LEARNING_RATE = 0.01
 SEED = 42
@@ -33,7 +33,7 @@ SEED = 42
 
 @dataclass(frozen=True)
 class Job:
-    """What everybody trains. `batch_size` is that of one rank; `fused` gives the peers the fused optimizer too."""
+    """The training job. `batch_size` is per rank; `fused` gives the peers the fused optimizer too."""
 
     n_samples: int
     batch_size: int
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def train_samples(self) -> int:
-        """Points to train on; a fifth is kept for testing."""
+        """Number of training points; a fifth is kept for testing."""
         return self.n_samples - -(-self.n_samples // 5)
 
     @property
@@ -52,21 +52,21 @@ class Job:
         return -(-self.train_samples // (self.batch_size * self.ranks))
 
     def samples(self) -> Dataset:
-        """The points to train on."""
-        made = make_points(
+        """The training points."""
+        split = make_points(
             "circles", n_samples=self.n_samples, noise=0.03, factor=0.8, test_fraction=0.2, data_seed=SEED
         )
-        return made.train
+        return split.train
 
     def model(self) -> nn.Module:
-        """The network with its first weights."""
+        """The network with its initial weights."""
         torch.manual_seed(SEED)
         first, second = HIDDEN
         layers = (nn.Linear(2, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 1))
         return nn.Sequential(*layers, nn.Flatten(0))
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Adam as documentation writes it, or with its fused kernel."""
+        """Adam with its default implementation, or with the fused kernel."""
         return torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True if self.fused else None)
 
 
@@ -77,7 +77,7 @@ class Meter:
         self._sums = torch.zeros(3, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Take in one batch: its mean loss, logits and targets."""
+        """Add one batch: its mean loss, logits and targets."""
         count = len(targets)
         self._sums[0] += loss.detach() * count
         self._sums[1] += ((logits.detach() > 0) == (targets > 0)).sum()
@@ -92,7 +92,7 @@ class Meter:
 
 
 def local_device(job: Job) -> torch.device:
-    """The device of this rank."""
+    """This rank's device."""
     if job.device == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -101,15 +101,15 @@ def local_device(job: Job) -> torch.device:
 
 
 def join_group(job: Job) -> None:
-    """Open the process group of the launcher's environment, as in the tutorial; `leave_group` closes it."""
+    """Open the process group from the launcher's environment, as the tutorial does; `leave_group` closes it."""
     dist.init_process_group("nccl" if job.device == "cuda" else "gloo")
 
 
 def leave_group() -> None:
-    """Close the process group if it is still open, once everything that holds on to it is gone.
+    """Close the process group if it is still open, after collecting all that refers to it.
 
-    A DDP wrapper that outlives the group can hang: the last reference then joins gloo's threads while they wait for
-    the interpreter.
+    A DDP wrapper that outlives the group can hang: dropping the last reference joins gloo's threads, which wait for the
+    interpreter.
     """
     gc.collect()
     if dist.is_initialized():
@@ -119,7 +119,7 @@ def leave_group() -> None:
 def train_with_package(
     job: Job, samples: Dataset, epochs: int, *, reduction: Literal["exact", "fast"], v: int
 ) -> Figures:
-    """This package as a user calls it: log, heartbeats, evaluation (of one point) and checkpoints included."""
+    """This package as a user calls it, with log, heartbeats, checkpoints and evaluation (of one point)."""
     folder = Path(tempfile.mkdtemp())
     config = Config(
         hidden=HIDDEN,
@@ -153,14 +153,14 @@ def train_exact(job: Job, samples: Dataset, epochs: int) -> Figures:
 
 
 def train_exact_default(job: Job, samples: Dataset, epochs: int) -> Figures:
-    """This package as it comes: `--reduction exact --micro-batches 8`."""
+    """This package by default: `--reduction exact --micro-batches 8`."""
     return train_with_package(job, samples, epochs, reduction="exact", v=8)
 
 
 def train_floor(job: Job, samples: Dataset, epochs: int) -> Figures:
     """The bare arithmetic: batches are slices, gradients are views of one buffer that is all-reduced by hand.
 
-    Logits are kept for the epoch and counted once.
+    Accuracy is computed once per epoch, from all its logits.
     """
     device = local_device(job)
     join_group(job)
@@ -267,7 +267,7 @@ def train_fabric(job: Job, samples: Dataset, epochs: int) -> Figures:
 
 
 def train_lightning(job: Job, samples: Dataset, epochs: int) -> Figures:
-    """Lightning's Trainer with everything off that the job does not ask for."""
+    """Lightning's Trainer with everything off that the job does not need."""
     lightning: Any = importlib.import_module("lightning")
 
     class Circles(lightning.LightningModule):  # type: ignore[misc]
@@ -300,7 +300,6 @@ def train_lightning(job: Job, samples: Dataset, epochs: int) -> Figures:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        barebones=False,
     )
     circles = Circles()
     trainer.fit(circles, DataLoader(TensorDataset(*samples), batch_size=job.batch_size, shuffle=True))
@@ -313,7 +312,7 @@ def _lightning_name(job: Job) -> str:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the job. `needs` is the package that must be installed for it."""
+    """One implementation of the job. `needs`: the package it requires."""
 
     label: str
     train: Callable[[Job, Dataset, int], Figures]
@@ -321,7 +320,7 @@ class Contender:
 
     @property
     def installed(self) -> bool:
-        """Whether it can run here."""
+        """True if the required package is installed."""
         return importlib.util.find_spec(self.needs) is not None
 
 

@@ -1,12 +1,11 @@
 """Throughput of training against the peers: python -m benchmarks.throughput --ranks 1 2 --starts 3 --rounds 4.
 
-Every contender has processes of its own, each bound to a core: nobody's settings, patches or warm caches reach another.
-They live for some rounds and are started anew several times, since two processes that do the same can differ by a tenth
-for as long as they live. In each round the contenders take turns, beginning with another one each time, so
-that a busy minute of the machine hits all of them; while one runs, the others' processes sleep. One figure is the wall
-time of a run over 2E epochs less that of a run over E epochs, divided by the steps of E epochs: start and end of a run
-cancel out. Ratios are taken within a round. On a noisy machine the quietest moments tell more: the least time of 2E
-epochs over all rounds, less the least of E.
+Each contender has its own processes, one per core, so that settings, patches and warm caches do not leak between
+contenders. The processes are restarted after some rounds, since two processes doing the same work can differ by a tenth
+for as long as they live. In each round the contenders take turns in rotating order, so that a busy minute hits all of
+them; while one runs, the others sleep. A figure is the time of a run of 2E epochs minus that of a run of E epochs,
+divided by the steps of E epochs: start-up and shutdown cancel out. Ratios are taken within a round. On a noisy machine
+the quietest moments tell more: the least time of 2E epochs over all rounds, minus the least of E.
 """
 
 import argparse
@@ -28,32 +27,33 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.figure import Figure
+
 from benchmarks.peers import CONTENDERS, EXACT, FAST, FLOOR, TUTORIAL, Figures, Job, leave_group
 
 SPAWN = multiprocessing.get_context("spawn")
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "accelerate", "lightning")
-NOT_INSTALLED = "not installed (extra `bench`)"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender's one round."""
+    """One round of one contender."""
 
     once: float
-    """Seconds of E epochs."""
+    """Seconds for E epochs."""
     twice: float
-    """Seconds of 2E epochs."""
+    """Seconds for 2E epochs."""
     microseconds: float
-    """Per step: the difference, over the steps of E epochs."""
+    """Time per step: the difference, divided by the steps of E epochs."""
     loss: float
     accuracy: float
     load: float
-    """Load average of the machine just before."""
+    """The machine's load average just before."""
 
 
 class Team:
-    """The processes of one contender, one for each rank."""
+    """One contender's processes, one per rank."""
 
     def __init__(self, name: str, job: Job) -> None:
         self.name = name
@@ -69,7 +69,7 @@ class Team:
             self._processes.append(process)
 
     def run(self, epochs: int) -> tuple[float, Figures]:
-        """Seconds of a whole run on the slowest rank, and what it reached."""
+        """Train for `epochs`; returns the slowest rank's seconds, and the loss and accuracy reached."""
         port = free_port()
         for pipe in self._pipes:
             pipe.send((port, epochs))
@@ -77,7 +77,7 @@ class Team:
         return max(seconds for seconds, _ in answers), answers[0][1]
 
     def measure(self, epochs: int) -> Timing:
-        """2E epochs less E epochs."""
+        """Time E epochs, then 2E epochs."""
         load = os.getloadavg()[0]
         once, _ = self.run(epochs)
         twice, (loss, accuracy) = self.run(2 * epochs)
@@ -93,7 +93,7 @@ class Team:
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """An unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -101,9 +101,7 @@ def free_port() -> int:
 
 
 def work(pipe: Connection, name: str, job: Job, rank: int) -> None:
-    """One rank of one contender: train on demand until the pipe is closed."""
-    import torch
-
+    """Run one rank of one contender: train on request until the pipe is closed."""
     bind(rank)
     set_environment(job, rank)
     torch.set_num_threads(1)
@@ -124,13 +122,13 @@ def work(pipe: Connection, name: str, job: Job, rank: int) -> None:
 
 
 def bind(rank: int) -> None:
-    """Keep this rank on one core: where the system happens to place two ranks' threads changes a step by a third."""
+    """Pin this rank to one core: the scheduler's placement of two ranks' threads changes a step by a third."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 def set_environment(job: Job, rank: int) -> None:
-    """What torchrun would tell this rank, and one thread for each."""
+    """Set torchrun's variables for this rank, and one thread per rank."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -147,7 +145,7 @@ def set_environment(job: Job, rank: int) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep progress lines out of the table; an exception still shows, since it ends the process."""
+    """Suppress all output; an exception is still printed, since it ends the process."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
@@ -156,7 +154,7 @@ Timings = dict[str, list[Timing]]
 
 
 def measure(job: Job, names: Sequence[str], *, starts: int, rounds: int, epochs: int) -> Timings:
-    """`rounds` rounds with each of `starts` sets of processes."""
+    """Time `rounds` rounds with each of `starts` sets of processes."""
     timings: Timings = {name: [] for name in names}
     for _ in range(starts):
         measure_once(job, timings, rounds=rounds, epochs=epochs)
@@ -164,7 +162,7 @@ def measure(job: Job, names: Sequence[str], *, starts: int, rounds: int, epochs:
 
 
 def measure_once(job: Job, timings: Timings, *, rounds: int, epochs: int) -> None:
-    """Rounds in alternation with new processes, after one run each to warm up; adds to `timings`."""
+    """Time `rounds` rounds with new processes, after one warm-up run each; adds to `timings`."""
     with ExitStack() as stack:
         teams = [Team(name, job) for name in timings]
         for team in teams:
@@ -181,7 +179,7 @@ def measure_once(job: Job, timings: Timings, *, rounds: int, epochs: int) -> Non
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and spread of the rounds."""
+    """Median and spread over rounds."""
 
     median: float
     low: float
@@ -201,18 +199,18 @@ class Spread:
         return cls(median, low, high, min(values), max(values), len(values))
 
     def text(self, digits: int) -> str:
-        """Median, quartiles."""
+        """Median and quartiles."""
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
 def speed_against(timings: Timings, name: str, reference: str) -> Spread:
-    """Throughput of `name` over that of `reference`, taken within each round."""
+    """Throughput of `name` relative to `reference`, within each round."""
     pairs = zip(timings[name], timings[reference], strict=True)
     return Spread.of([theirs.microseconds / own.microseconds for own, theirs in pairs])
 
 
 def quietest(values: Sequence[Timing], steps: int) -> float:
-    """Microseconds per step in the quietest moments: the least time of 2E epochs less the least of E, `steps` each."""
+    """Microseconds per step in the quietest moments: least time of 2E epochs minus least of E, over `steps` steps."""
     return (min(timing.twice for timing in values) - min(timing.once for timing in values)) / steps * 1e6
 
 
@@ -233,7 +231,7 @@ def summarise(timings: Timings, steps: int) -> dict[str, dict[str, Any]]:
 
 
 def table(job: Job, summary: dict[str, dict[str, Any]], names: Sequence[str]) -> str:
-    """The results of one number of ranks in Markdown."""
+    """A Markdown table of the results for one number of ranks."""
     title = f"{job.ranks} rank{'s' * (job.ranks > 1)}, {job.batch_size} samples per rank, {job.device}"
     rows = [
         f"### {title}",
@@ -244,7 +242,7 @@ def table(job: Job, summary: dict[str, dict[str, Any]], names: Sequence[str]) ->
     for name in names:
         label = CONTENDERS[name].label
         if name not in summary:
-            rows.append(f"| {label} | {NOT_INSTALLED} | | | | | |")
+            rows.append(f"| {label} | not installed (extra `bench`) | | | | | |")
             continue
         ratios = summary[name]["throughput_against"]
         cells = [Spread(**ratios[other]).text(2) if other in ratios else "" for other in (FLOOR, TUTORIAL)]
@@ -257,29 +255,27 @@ def table(job: Job, summary: dict[str, dict[str, Any]], names: Sequence[str]) ->
     return "\n".join(rows)
 
 
-def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
-    import torch
-
+def circumstances(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Everything the figures depend on: date, hardware, versions, arguments."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "python": platform.python_version(),
-        "packages": {name: package_version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in ("torch", "accelerate", "lightning")},
         "arguments": {name: value for name, value in vars(arguments).items() if name != "output"},
     }
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The processor's model name."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def package_version(name: str) -> str | None:
-    """The installed version; None without one."""
+    """The installed version of a package; None if there is none."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -287,9 +283,7 @@ def package_version(name: str) -> str | None:
 
 
 def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Bars of the medians with one point for each round, a panel for each number of ranks."""
-    from matplotlib.figure import Figure
-
+    """Draw one panel per number of ranks: a bar for each median, a point for each round."""
     figure = Figure(figsize=(10, 1.2 + 2.8 * len(results)), layout="constrained")
     axes = figure.subplots(len(results), 1, squeeze=False)[:, 0]
     for axis, (ranks, summary) in zip(axes, results.items(), strict=True):
@@ -306,26 +300,26 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks")
     parser.add_argument("--starts", type=int, default=3, help="sets of processes")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds with each set")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds per set")
     parser.add_argument("--epochs", type=int, default=5, help="E: runs over E and 2E epochs are timed")
-    parser.add_argument("--n-samples", type=int, default=16000, help="points in all; four fifths are trained on")
+    parser.add_argument("--n-samples", type=int, default=16000, help="points; four fifths are for training")
     parser.add_argument("--batch-size", type=int, default=32, help="samples per rank and step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="contenders")
-    parser.add_argument("--fused-peers", action="store_true", help="give the peers Adam's fused kernel as well")
-    parser.add_argument("--output", type=Path, default=RESULTS / "throughput", help="path without an ending")
-    return parser.parse_args(words)
+    parser.add_argument("--fused-peers", action="store_true", help="give the peers Adam's fused kernel too")
+    parser.add_argument("--output", type=Path, default=RESULTS / "throughput", help="path without a suffix")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print the tables, and leave JSON, Markdown and a plot."""
+    """Measure, print the tables, and write JSON, Markdown and a plot."""
     arguments = parse()
-    document: dict[str, Any] = circumstances(arguments) | {"results": {}}
+    document: dict[str, Any] = circumstances(arguments, arguments.device) | {"results": {}}
     tables = []
     for ranks in arguments.ranks:
         job = Job(arguments.n_samples, arguments.batch_size, ranks, arguments.device, arguments.fused_peers)

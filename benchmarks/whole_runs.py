@@ -1,12 +1,12 @@
-"""Whole runs, timed from command to end: python -m benchmarks.whole_runs WHAT.
+"""Timings of whole commands: python -m benchmarks.whole_runs MEASUREMENT.
 
-ranks: wide layers and large batches on two ranks against one.
-batches: from which batch size a second rank helps the default network.
-samples: memory and time per epoch from 10^4 to 10^8 points on two ranks.
-records: what tracking, checkpoints and progress lines cost with the default settings.
-start: from the command to the end of the first optimizer step, against a bare script.
+ranks: wide layers and large batches, two ranks against one.
+batches: the batch size from which a second rank speeds up the default network.
+samples: memory and time per epoch for 10^4 to 10^8 points on two ranks.
+records: the cost of tracking, checkpoints and progress lines with the default settings.
+start: start-up, up to the end of the first optimizer step, against a bare script.
 
-What is compared runs in alternation, a round after the other; ratios are taken within a round.
+Variants take turns in each round; ratios are taken within a round.
 """
 
 import argparse
@@ -26,16 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from matplotlib.figure import Figure
 
 from benchmarks.throughput import RESULTS, SPAWN, Spread, circumstances, quiet
+from ddp_circles import Config, fit
+from ddp_circles.records.recorder import Recorder
 
-PACKAGE = ("-m", "ddp_circles.train")
 QUIET = ("--device", "cpu", "--wandb", "disabled", "--no-plots", "--log-every", "1000000")
-SAMPLED_EVERY = 0.25
-"""Seconds between two looks at the memory of a run."""
-WIDE = ("--hidden", "512", "512")
-SIZES = (64, 256, 1024, 4096, 16384)
-"""Batch sizes among which the second rank begins to help."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,13 @@ class Run:
     """One finished command."""
 
     seconds: float
-    """From start to end."""
+    """Wall time."""
     mebibytes: float
-    """The most that all its processes held at one moment, shared pages counted once."""
+    """Peak memory of all its processes together, shared pages counted once."""
 
 
 def command(ranks: int, *words: str) -> list[str]:
-    """A Python command line on so many ranks: plain for one, torchrun for more."""
+    """A command line for `ranks` ranks: plain Python for one, torchrun for more."""
     if ranks == 1:
         return [sys.executable, *words]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -57,7 +54,7 @@ def command(ranks: int, *words: str) -> list[str]:
 
 
 def run(words: Sequence[str]) -> Run:
-    """Run a command to its end; raises `CalledProcessError` where it fails."""
+    """Run a command to its end; raises `CalledProcessError` if it fails."""
     started = time.perf_counter()
     with subprocess.Popen(
         words,
@@ -75,55 +72,55 @@ def run(words: Sequence[str]) -> Run:
 
 
 class Memory:
-    """Watches what a process and its children hold, in a thread of its own."""
+    """Samples the memory of a process and its children, in a thread."""
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
-        self._most = 0.0
+        self._peak = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def stop(self) -> float:
-        """The most so far, in MiB."""
+        """Stop sampling; returns the peak in MiB."""
         self._ended.set()
         self._thread.join()
-        return self._most
+        return self._peak
 
     def _watch(self) -> None:
-        while not self._ended.wait(SAMPLED_EVERY):
+        while not self._ended.wait(0.25):
             with suppress(psutil.Error):
                 family = [self._process, *self._process.children(recursive=True)]
                 held = sum(process.memory_full_info().pss for process in family)
-                self._most = max(self._most, held / 2**20)
+                self._peak = max(self._peak, held / 2**20)
 
 
 def train(ranks: int, *flags: str) -> tuple[Run, list[dict[str, Any]]]:
-    """Train in a folder that is removed again; returns the run and its metrics lines."""
+    """Train in a temporary folder; returns the run and its metrics lines."""
     folder = Path(tempfile.mkdtemp())
     try:
-        done = run(command(ranks, *PACKAGE, "--run-dir", str(folder / "run"), *flags))
+        done = run(command(ranks, "-m", "ddp_circles.train", "--run-dir", str(folder / "run"), *flags))
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return done, [json.loads(line) for line in lines]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def in_turns(rounds: int, ways: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Seconds of each way in each round; every round begins with another one."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
+def alternate(rounds: int, variants: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Run the variants in rotating order in each round; returns the seconds of each by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(ways[name]())
+            seconds[name].append(variants[name]())
         shown = "  ".join(f"{name} {values[-1]:.2f}" for name, values in seconds.items())
         print(f"round {number + 1} of {rounds}: {shown}", file=sys.stderr, flush=True)
     return seconds
 
 
 def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> Spread:
-    """Seconds of `name` over those of `reference`, within each round."""
+    """Seconds of `name` divided by those of `reference`, within each round."""
     return Spread.of([own / other for own, other in zip(seconds[name], seconds[reference], strict=True)])
 
 
@@ -131,17 +128,17 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> Spread:
 
 
 def measure_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Wide layers and large batches on one rank and on two: whole runs, and the training alone."""
-    wide = (*QUIET, *WIDE, "--batch-size", "8192", "--n-samples", "102400", "--epochs", str(arguments.epochs))
+    """Time wide layers and large batches on one rank and on two: whole commands, and the training alone."""
+    wide = ("--hidden", "512", "512", "--batch-size", "8192", "--n-samples", "102400")
     training: dict[str, list[float]] = {}
 
-    def one(name: str, ranks: int, reduction: str) -> float:
-        done, rows = train(ranks, *wide, "--reduction", reduction)
+    def train_once(name: str, ranks: int, reduction: str) -> float:
+        done, rows = train(ranks, *QUIET, *wide, "--epochs", str(arguments.epochs), "--reduction", reduction)
         training.setdefault(name, []).append(sum(float(row["seconds"]) for row in rows))
         return done.seconds
 
     jobs = {f"{reduction} on {ranks}": (ranks, reduction) for reduction in ("fast", "exact") for ranks in (1, 2)}
-    seconds = in_turns(arguments.rounds, {name: partial(one, name, *job) for name, job in jobs.items()})
+    seconds = alternate(arguments.rounds, {name: partial(train_once, name, *job) for name, job in jobs.items()})
     return {
         "seconds": seconds,
         "training_seconds": training,
@@ -153,25 +150,26 @@ def measure_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_batches(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The default network and mode: an epoch on one rank over one on two, by batch size; start-up left out."""
-    return {"speedup": {str(batch): asdict(_epoch_ratio(batch, arguments.rounds)) for batch in SIZES}}
+    """Time an epoch of the default network on one rank and on two, by batch size, without start-up."""
+    sizes = (64, 256, 1024, 4096, 16384)
+    return {"speedup": {str(batch): asdict(_epoch_speedup(batch, arguments.rounds)) for batch in sizes}}
 
 
-def _epoch_ratio(batch: int, rounds: int) -> Spread:
+def _epoch_speedup(batch: int, rounds: int) -> Spread:
     flags = (*QUIET, "--batch-size", str(batch), "--n-samples", str(max(10000, 40 * batch)), "--epochs", "4")
 
-    def one(ranks: int) -> float:
+    def epoch_seconds(ranks: int) -> float:
         _, rows = train(ranks, *flags)
         return min(float(row["seconds"]) for row in rows[1:])
 
-    return ratio(in_turns(rounds, {"1": partial(one, 1), "2": partial(one, 2)}), "1", "2")
+    return ratio(alternate(rounds, {"1": partial(epoch_seconds, 1), "2": partial(epoch_seconds, 2)}), "1", "2")
 
 
 # ---- more samples
 
 
 def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Two ranks, global batch 65536, two epochs: the second one's seconds, and the memory of both ranks together."""
+    """Train on two ranks with a global batch of 65536; returns the second epoch's seconds and peak memory by size."""
     points = []
     for exponent in range(4, arguments.largest + 1):
         done, rows = train(2, *QUIET, "--batch-size", "65536", "--n-samples", str(10**exponent), "--epochs", "2")
@@ -181,14 +179,12 @@ def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw_samples(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time per epoch and memory over the number of samples."""
-    from matplotlib.figure import Figure
-
+    """Draw time per epoch and memory against the number of samples."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, name, label in zip(
         figure.subplots(1, 2),
         ("epoch_seconds", "mebibytes"),
-        ("seconds per epoch (training and evaluation)", "MiB of both ranks together, at the most"),
+        ("seconds per epoch (training and evaluation)", "MiB, peak of both ranks together"),
         strict=True,
     ):
         axis.loglog([point["samples"] for point in points], [point[name] for point in points], "o-")
@@ -202,14 +198,14 @@ def draw_samples(points: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def measure_records(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The default run, tracked offline: which share of its training time is spent in calls that record something.
+    """Measure the share of training time spent in recording calls, for the default run tracked offline.
 
-    Beside that, whole runs against runs that record only what they cannot do without; this includes what tracking
-    does in processes of its own, and all the noise of the machine.
+    Also compares whole runs with runs that record as little as possible; this includes the work of tracking in other
+    processes, and the noise of the machine.
     """
     bare = ("--wandb", "disabled", "--log-every", "1000000", "--checkpoint-seconds", "1000000")
-    ways = {"recorded": partial(_training_seconds, "--wandb", "offline"), "bare": partial(_training_seconds, *bare)}
-    seconds = in_turns(arguments.rounds, ways)
+    variants = {"recorded": partial(_training_seconds, "--wandb", "offline"), "bare": partial(_training_seconds, *bare)}
+    seconds = alternate(arguments.rounds, variants)
     with SPAWN.Pool(1, maxtasksperchild=1) as pool:
         shares = [pool.apply(recording_share) for _ in range(arguments.rounds)]
     return {
@@ -225,10 +221,7 @@ def _training_seconds(*flags: str) -> float:
 
 
 def recording_share() -> float:
-    """Train with the default settings in this process; returns the part of the training's time spent on recording."""
-    from ddp_circles import Config, fit
-    from ddp_circles.records.recorder import Recorder
-
+    """Train with the default settings in this process; returns the share of training time spent on recording."""
     spent = 0.0
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -250,29 +243,29 @@ def recording_share() -> float:
     return spent / sum(float(json.loads(line)["seconds"]) for line in lines)
 
 
-# ---- start
+# ---- start-up
 
 
 def measure_start(arguments: argparse.Namespace) -> dict[str, Any]:
-    """From the command to the end of the first optimizer step."""
+    """Time start-up, up to the end of the first optimizer step."""
     results = {}
     for ranks in (1, 2):
-        ways = {
+        variants = {
             "package": partial(_first_step, ranks, "ddp_circles.train", *QUIET),
             "bare script": partial(_first_step, ranks, "benchmarks.bare_start"),
         }
-        seconds = in_turns(arguments.rounds, ways)
+        seconds = alternate(arguments.rounds, variants)
         results[str(ranks)] = {"seconds": seconds, "ratio": asdict(ratio(seconds, "package", "bare script"))}
     return results
 
 
 def _first_step(ranks: int, module: str, *flags: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        noted = Path(folder) / "time"
-        where = ("--run-dir", folder + "/run") if flags else ()
+        time_file = Path(folder) / "time"
+        run_dir = ("--run-dir", folder + "/run") if flags else ()
         started = time.time()
-        run(command(ranks, "-m", "benchmarks.first_step", str(noted), module, *flags, *where))
-        return float(noted.read_text(encoding="utf-8")) - started
+        run(command(ranks, "-m", "benchmarks.first_step", str(time_file), module, *flags, *run_dir))
+        return float(time_file.read_text(encoding="utf-8")) - started
 
 
 MEASUREMENTS = {
@@ -285,18 +278,17 @@ MEASUREMENTS = {
 
 
 def main() -> None:
-    """Measure what was asked for and leave JSON, and a plot where there is a curve."""
+    """Run one measurement and write JSON, and a plot of `samples`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_runs", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("what", choices=list(MEASUREMENTS))
+    parser.add_argument("measurement", choices=list(MEASUREMENTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=30, help="ranks: epochs of the wide network")
-    parser.add_argument("--largest", type=int, default=8, help="samples: exponent of the largest set")
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help=argparse.SUPPRESS)
+    parser.add_argument("--largest", type=int, default=8, help="samples: largest size, as a power of ten")
     arguments = parser.parse_args()
-    document = circumstances(arguments) | MEASUREMENTS[arguments.what](arguments)
+    document = circumstances(arguments, "cpu") | MEASUREMENTS[arguments.measurement](arguments)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{arguments.what}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if arguments.what == "samples":
+    (RESULTS / f"{arguments.measurement}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if arguments.measurement == "samples":
         draw_samples(document["points"], RESULTS / "samples.png")
     print(json.dumps({name: value for name, value in document.items() if name not in ("packages", "arguments")}))
 

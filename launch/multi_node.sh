@@ -6,18 +6,18 @@ usage() {
     cat <<'HELP'
 Usage: bash launch/multi_node.sh --nodes N|MIN:MAX --head HOST[:PORT] --id NAME [options] [-- trainer's flags]
 
-Run the same line on each node, from the project's folder on a file system that all of them share. The nodes find each
-other at HOST, which is one of them, and train as one job into runs/NAME.
+Run the same command on every node, in the project's folder on a shared file system. The nodes rendezvous at HOST, which
+is one of them, and train as one job into runs/NAME.
 
   --nodes N         wait for N nodes
-  --nodes MIN:MAX   begin with MIN nodes or more; when one joins or leaves, all go on together from the last checkpoint
-  --head HOST:PORT  where the nodes meet: one of them, by a name that all of them know (port 29400 if none is given)
-  --id NAME         the job's name: the same on all nodes, and another for each job
-  --ranks N         ranks on this node (default: one per GPU, else four)
-  --max-restarts N  how often ranks that failed are started again from the last checkpoint (default: 3)
-  -h, --help        this text
+  --nodes MIN:MAX   start with MIN nodes or more; when one joins or leaves, all restart from the last checkpoint
+  --head HOST:PORT  the node to rendezvous at, by a name that all nodes can resolve (default port: 29400)
+  --id NAME         the job's name: the same on all nodes, different for each job
+  --ranks N         ranks on this node (default: one per GPU, or four without GPUs)
+  --max-restarts N  restarts from the last checkpoint when a rank fails (default: 3)
+  -h, --help        show this text
 
-The results do not depend on the number of nodes. To stop: Ctrl-C on one node. To continue: the same line again.
+The results do not depend on the number of nodes. To stop: Ctrl-C on one node. To continue: the same command again.
 
   bash launch/multi_node.sh --nodes 2 --head node1 --id circles-1 -- --epochs 100
   bash launch/multi_node.sh --nodes 1:4 --head node1:29500 --id circles-2 -- --epochs 100 --checkpoint-seconds 10
@@ -59,11 +59,11 @@ if [[ -z $ranks ]]; then
     ranks=$(python3 -c 'import torch; print(torch.cuda.device_count() or 4)')
 fi
 
-# Ranks that are started again must meet in a store of their own: torchrun's outlives them and keeps stale addresses.
+# Restarted ranks need a store of their own: torchrun's outlives them and keeps stale addresses.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# With --resume never: what is there is discarded once, and not again whenever a node joins or leaves.
+# With --resume never: discard old results at the first start only, not whenever a node joins or leaves.
 export DDP_CIRCLES_START="$HOSTNAME-$$-$EPOCHSECONDS"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's own default, without its warning; --threads overrides it
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's default, without its warning; --threads overrides it
 
 exec torchrun --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="$max_restarts" \
     --rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-id="$id" \

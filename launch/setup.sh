@@ -1,10 +1,10 @@
-# Sourced by the launch scripts: make the virtual environment where it is missing or out of date, and enter it.
+# Sourced by the launch scripts: create the virtual environment if it is missing or out of date, and activate it.
 # shellcheck shell=bash
 project=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export VIRTUAL_ENV="$project/.venv"
 
 install_environment() (
-    flock 9 # several launches at once: one installs, the others wait
+    flock 9 # of several launches at once, one installs and the others wait
     stamp=$(cat "$project/pyproject.toml" "$project/constraints.txt" | sha256sum)
     [ "$(cat "$VIRTUAL_ENV/stamp" 2>/dev/null)" = "$stamp" ] && return
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -12,7 +12,7 @@ install_environment() (
         exit 2
     }
     echo "setting up $VIRTUAL_ENV" >&2
-    # In place: what else is in it stays, and so do trainings that run from it.
+    # In place: the user's own packages stay, and running trainings are not disturbed.
     python3 -m venv "$VIRTUAL_ENV" &&
         "$VIRTUAL_ENV/bin/python3" -m pip install --quiet -c "$project/constraints.txt" -e "${project}[test]" &&
         echo "$stamp" >"$VIRTUAL_ENV/stamp"

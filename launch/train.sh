@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on this machine: one rank per GPU, else four ranks on the CPU. All arguments go to the trainer.
-# RANKS=N starts another number of ranks.
+# Train on this machine: one rank per GPU, or four ranks on the CPU; RANKS=N overrides the number. All arguments go to
+# the trainer.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "$0")/setup.sh"
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || gpus=4
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # what torchrun would choose, with less to say about it
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's default, without its warning; --threads overrides it
 exec torchrun --standalone --nproc-per-node="${RANKS:-$gpus}" -m ddp_circles.train "$@"

@@ -1,11 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts. `supervise` runs the training step and decides what its end means for the job: done,
-# back into the queue, once more, or failed. It goes by the file `status` in the run directory first, because torchrun
-# makes every exit code a 1.
+# Sourced by the batch scripts. `supervise` runs the training step; when it ends, the job is finished, requeued, retried
+# or failed. The file `status` in the run directory decides before the exit code, which torchrun always turns into 1.
 
 : "${max_retries:=3}" "${max_requeues:=100}" "${stop_asked:=}"
 
-run_directory() { # run_directory DEFAULT [trainer's arguments]: where this run is kept
+run_directory() { # run_directory DEFAULT [TRAINER'S FLAGS...]: print the run directory
     local found=$1
     shift
     while (($#)); do
@@ -18,8 +17,8 @@ run_directory() { # run_directory DEFAULT [trainer's arguments]: where this run 
     printf '%s\n' "$found"
 }
 
-# The early warning of a time limit or a preemption. srun hands USR1 on to its tasks, but not while it is still starting
-# them: so it is told again until it ends. TERM would make it kill the step at once.
+# The early warning of a time limit or preemption. srun forwards USR1 to its tasks, but not while it is still starting
+# them, so the signal is repeated until srun ends. TERM would make srun kill the step at once.
 trapped='' step=''
 on_warning() {
     stop_asked=yes trapped=yes
@@ -27,18 +26,18 @@ on_warning() {
 }
 pass_on() { while kill -USR1 "$step"; do sleep 2; done; }
 trap on_warning USR1
-# There is no trap for TERM: with one, a job that its user cancelled could find its way back into the queue.
+# No trap for TERM: with one, a job cancelled by its user might be requeued.
 
-# What this job is called through all requeues and retries: with --resume never, only its first start discards.
+# One name for all requeues and retries of this job: with --resume never, only the first start discards old results.
 export DDP_CIRCLES_START="slurm-$SLURM_JOB_ID"
 
 say() { echo "[slurm] $(date '+%F %T') job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0}: $*"; }
 
-run_step() { # run_step COMMAND...: wait for it through all interruptions; its exit code
+run_step() { # run_step COMMAND...: run it, wait through all signals, return its exit code
     local code
     "$@" &
     step=$!
-    if [ -n "$stop_asked" ]; then pass_on &>/dev/null & fi # warned between the two lines above
+    if [ -n "$stop_asked" ]; then pass_on &>/dev/null & fi # the warning came between the two lines above
     while
         trapped=''
         wait "$step"
@@ -49,7 +48,7 @@ run_step() { # run_step COMMAND...: wait for it through all interruptions; its e
     return "$code"
 }
 
-supervise() { # supervise RUN_DIR COMMAND...: run COMMAND, a step that trains in RUN_DIR; ends the job
+supervise() { # supervise RUN_DIR COMMAND...: run COMMAND, which trains in RUN_DIR, then end the job
     local status_file=$1/status retries=0 code word before
     shift
     while :; do
@@ -57,7 +56,7 @@ supervise() { # supervise RUN_DIR COMMAND...: run COMMAND, a step that trains in
         code=0
         [ -n "$stop_asked" ] || run_step "$@" || code=$?
         word=$(cat "$status_file" 2>/dev/null)
-        # a word that was there before is the previous start's
+        # a status file that this step did not write is left over from an earlier start
         [ "$(stat -c '%i %y' "$status_file" 2>/dev/null)" != "$before" ] || [ "$code" = 0 ] || word="stale ${word:-none}"
 
         if [ "$word" = finished ]; then
@@ -74,11 +73,11 @@ supervise() { # supervise RUN_DIR COMMAND...: run COMMAND, a step that trains in
         fi
         retries=$((retries + 1))
         say "failed (exit code $code, status $word): retry $retries of $max_retries from the last checkpoint"
-        sleep 2 # a node failure ends this script from outside within this time: the job is then back in the queue
+        sleep 2 # after a node failure Slurm kills this script within this time, and requeues the job
     done
 }
 
-requeue() { # put this job back into the queue, where it waits for its next turn; ends the job
+requeue() { # put this job back into the queue and end it
     if ((${SLURM_RESTART_COUNT:-0} >= max_requeues)); then
         say "stopped, and back in the queue $max_requeues times already: submit it again to continue"
         exit 75

@@ -1,16 +1,16 @@
 #!/bin/bash
-# task.sh COMMAND...: stands between srun and torchrun on each node.
+# task.sh COMMAND...: runs between srun and torchrun on each node.
 #
-# Slurm signals the process that srun started, not torchrun's workers; and torchrun dies of USR1, and on TERM gives its
-# workers 30 seconds and fails. So the signal ends here: USR1 (the warning before a time limit or a preemption) and
-# TERM (preemption without a warning, requeue, cancel) both become USR1 for the workers, which write a checkpoint and
-# leave; then torchrun does.
+# Slurm signals the process that srun started, not torchrun's workers. torchrun is killed by USR1, and on TERM it gives
+# its workers 30 seconds and fails. So signals are caught here: USR1 (the warning before a time limit or preemption) and
+# TERM (preemption without warning, requeue, cancel) both become USR1 to the workers, which write a checkpoint and exit;
+# then torchrun exits too.
 asked=''
 trap 'asked=yes' USR1 TERM
 
-# Where Slurm signals more than its own child, torchrun is still spared: a session of its own keeps out what goes to the
-# process group (proctrack/pgid), and it ignores USR1 (proctrack/linuxproc signals every descendant). The death signal,
-# unknown to old versions of setpriv, makes up for the KILL that no longer comes with the group.
+# Slurm may signal more than its own child; torchrun must not get that. With proctrack/pgid the signal goes to the process
+# group, so torchrun runs in its own session; with proctrack/linuxproc it goes to every descendant, so torchrun ignores
+# USR1. Outside the group KILL no longer reaches torchrun: the death signal, if setpriv is new enough, replaces it.
 apart=(setsid)
 if setpriv --pdeathsig KILL true 2>/dev/null; then apart+=(setpriv --pdeathsig KILL); fi
 (
@@ -19,7 +19,7 @@ if setpriv --pdeathsig KILL true 2>/dev/null; then apart+=(setpriv --pdeathsig K
 ) &
 torchrun=$!
 
-catches_usr1() { # catches_usr1 PID: whether its handler is there; before that, a signal would be lost, or kill
+catches_usr1() { # catches_usr1 PID: true once it has a handler; until then USR1 would kill it or be lost
     local mask
     mask=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null)
     (((16#${mask:-0} >> 9) & 1))
@@ -29,7 +29,7 @@ wait "$torchrun"
 code=$?
 [ -n "$asked" ] || exit "$code"
 
-# once each: a worker that is about to leave has no handler any more
+# signal each worker once: one that is about to exit has no handler any more
 told=()
 while kill -0 "$torchrun" 2>/dev/null; do
     for worker in $(pgrep --parent "$torchrun"); do
@@ -40,4 +40,4 @@ while kill -0 "$torchrun" 2>/dev/null; do
     done
     sleep 0.2
 done
-exit 0 # it ended because it was asked to; what it left is in the run directory
+exit 0 # a requested stop is no failure; `status` in the run directory tells the rest

@@ -1,4 +1,4 @@
-"""The promise on CUDA: one rank, and several that share the device, arrive at the same bits."""
+"""The promise on CUDA: the same bits on one rank and on several that share the device."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 FLAGS = ("--device", "cuda", "--backend", "gloo", "--wandb", "disabled", "--no-plots")
 
 
-def weights_on(size: int, folder: Path, *flags: object) -> str:
+def weights_digest(size: int, folder: Path, *flags: object) -> str:
     outcomes = train_on(size, "--run-dir", folder, *FLAGS, *flags, timeout=240)
     assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -30,19 +30,19 @@ def weights_on(size: int, folder: Path, *flags: object) -> str:
     ],
 )
 def test_same_bits_on_one_device(tmp_path: Path, flags: tuple[object, ...]) -> None:
-    alone = weights_on(1, tmp_path / "1", "--epochs", 5, *flags)
-    assert {weights_on(size, tmp_path / str(size), "--epochs", 5, *flags) for size in (2, 4)} == {alone}
+    alone = weights_digest(1, tmp_path / "1", "--epochs", 5, *flags)
+    assert {weights_digest(size, tmp_path / str(size), "--epochs", 5, *flags) for size in (2, 4)} == {alone}
 
 
 def test_nccl_gives_the_bits_of_gloo(tmp_path: Path) -> None:
     gloo, nccl = (
-        weights_on(1, tmp_path / backend, "--epochs", 5, "--backend", backend) for backend in ("gloo", "nccl")
+        weights_digest(1, tmp_path / backend, "--epochs", 5, "--backend", backend) for backend in ("gloo", "nccl")
     )
     assert gloo == nccl
 
 
 @pytest.mark.timeout(300)
-def test_divergence_is_noticed_though_it_is_read_late(tmp_path: Path) -> None:
+def test_divergence_is_detected_although_sums_are_read_late(tmp_path: Path) -> None:
     outcomes = train_on(2, "--run-dir", tmp_path, *FLAGS, "--fault", "nan@1:20", timeout=200)
     for rank, outcome in enumerate(outcomes):
         assert outcome.code == 1

@@ -1,4 +1,4 @@
-"""Checkpoints and the run directory: whole or absent, damage noticed, one writer at a time."""
+"""Checkpoints and the run directory: atomic writes, damage detected, one writer at a time."""
 
 import errno
 import hashlib
@@ -32,14 +32,14 @@ STATE: dict[str, Any] = {
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
-    """Three of them, after steps 10, 20 and 30."""
+    """Three checkpoints, after steps 10, 20 and 30."""
     made = Checkpoints(tmp_path)
     for step in (10, 20, 30):
         made.save(STATE | {"global_step": step}, step)
     return made
 
 
-def test_what_is_decoded_is_what_was_encoded_to_the_bit() -> None:
+def test_decoding_restores_every_bit() -> None:
     state = decode(encode(STATE))
     weight = state["model"].pop("weight")
     assert weight.numpy().tobytes() == STATE["model"]["weight"].numpy().tobytes()
@@ -54,7 +54,7 @@ CONTENT = encode(STATE)
 
 @settings(deadline=None)
 @given(position=st.integers(0, len(CONTENT) - 1), bit=st.integers(0, 7))
-def test_one_flipped_bit_is_noticed(position: int, bit: int) -> None:
+def test_one_flipped_bit_is_detected(position: int, bit: int) -> None:
     damaged = bytearray(CONTENT)
     damaged[position] ^= 1 << bit
     with pytest.raises(ValueError, match="checksum does not match"):
@@ -63,7 +63,7 @@ def test_one_flipped_bit_is_noticed(position: int, bit: int) -> None:
 
 @settings(deadline=None)
 @given(length=st.integers(0, len(CONTENT) - 1))
-def test_a_cut_is_noticed(length: int) -> None:
+def test_a_truncated_file_is_detected(length: int) -> None:
     with pytest.raises(ValueError, match="cut short or damaged"):
         decode(CONTENT[:length])
 
@@ -74,13 +74,13 @@ def with_checksum(body: bytes) -> bytes:
 
 @settings(deadline=None)
 @given(body=st.binary(max_size=200))
-def test_bytes_that_are_no_checkpoint_are_refused_whatever_their_checksum(body: bytes) -> None:
+def test_other_bytes_are_refused_although_their_checksum_is_right(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"it holds something other|it is not a checkpoint"):
         decode(with_checksum(body))
 
 
 class Malicious:
-    """Unpickled without care, it would touch a file."""
+    """An object that makes a directory when it is unpickled without care."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,7 +91,7 @@ class Malicious:
 
 @pytest.mark.parametrize("how", ["pickle", "torch"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_malicious_checkpoint_is_refused_and_nothing_of_it_runs(tmp_path: Path, how: str, nested: bool) -> None:
+def test_a_malicious_checkpoint_is_refused_and_never_executed(tmp_path: Path, how: str, nested: bool) -> None:
     trap = tmp_path / "trap"
     poison: Any = STATE | {"model": {"weight": Malicious(trap)}} if nested else Malicious(trap)
     body = pickle.dumps(poison)
@@ -112,7 +112,7 @@ def test_values_that_are_not_plain_are_refused(tmp_path: Path) -> None:
         decode(encode([1, 2]))  # type: ignore[arg-type]
 
 
-# ---- the files
+# ---- checkpoint files
 
 
 def test_the_last_few_are_kept(checkpoints: Checkpoints) -> None:
@@ -130,7 +130,7 @@ def test_the_newest_is_loaded(checkpoints: Checkpoints) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flip", "malicious", "folder"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_damaged_ones_are_named_and_passed_over(checkpoints: Checkpoints, damage: str, count: int) -> None:
+def test_damaged_checkpoints_are_named_and_skipped(checkpoints: Checkpoints, damage: str, count: int) -> None:
     damaged = checkpoints.files()[:count]
     for path in damaged:
         spoil(path, damage)
@@ -157,7 +157,7 @@ def spoil(path: Path, damage: str) -> None:
         path.mkdir()
 
 
-def test_none_left_is_an_error_that_names_each(checkpoints: Checkpoints) -> None:
+def test_no_good_checkpoint_is_an_error_that_names_each(checkpoints: Checkpoints) -> None:
     for path in checkpoints.files():
         spoil(path, "empty")
     with pytest.raises(UserError, match="no good checkpoint is left") as caught:
@@ -165,14 +165,12 @@ def test_none_left_is_an_error_that_names_each(checkpoints: Checkpoints) -> None
     assert all(str(path) in str(caught.value) for path in checkpoints.files())
 
 
-def test_no_checkpoint_at_all_is_no_error(tmp_path: Path) -> None:
+def test_an_empty_folder_is_no_error(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).load_newest() == (b"", [])
 
 
 @pytest.mark.parametrize("call", ["fsync", "fdopen", "fchmod"])
-def test_a_failed_save_leaves_the_others_and_no_rest(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_failed_save_changes_nothing(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def fail(*_arguments: Any, **_options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -184,23 +182,23 @@ def test_a_failed_save_leaves_the_others_and_no_rest(
     assert {path: path.read_bytes() for path in checkpoints.folder.iterdir()} == before
 
 
-def killed_write(path: Path, content: bytes, call: str, count: int) -> None:
-    """Be killed in the middle of writing `path`, where `call` would happen for the `count`th time."""
+def write_and_die(path: Path, content: bytes, call: str, count: int) -> None:
+    """Write `path`, and kill this process just before the `count`th call of `os.call`."""
     original, calls = getattr(os, call), itertools.count(1)
 
-    def fall(*arguments: Any) -> Any:
+    def counted(*arguments: Any) -> Any:
         if next(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
-    setattr(os, call, fall)
+    setattr(os, call, counted)
     write_atomically(path, content)
 
 
 @pytest.mark.parametrize("call, count", [("fchmod", 1), ("fsync", 1), ("replace", 1), ("fsync", 2)])
 def test_a_killed_save_leaves_every_file_readable(checkpoints: Checkpoints, call: str, count: int) -> None:
     newest = checkpoints.files()[0]
-    with Job(killed_write, 1, newest, encode(STATE | {"global_step": 31}), call, count) as job:
+    with Job(write_and_die, 1, newest, encode(STATE | {"global_step": 31}), call, count) as job:
         (outcome,) = job.wait(30)
     assert outcome.code == -signal.SIGKILL
     renamed = count == 2
@@ -213,7 +211,7 @@ def test_a_killed_save_leaves_every_file_readable(checkpoints: Checkpoints, call
 # ---- the run directory
 
 
-def test_a_second_writer_is_told_who_holds_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_writer_is_refused_by_name_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_dir_module, "LOCK_WAIT_SECONDS", 0.1)
     first, second = RunDir(tmp_path), RunDir(tmp_path)
     first.open()
@@ -224,7 +222,7 @@ def test_a_second_writer_is_told_who_holds_the_directory(tmp_path: Path, monkeyp
     second.close()
 
 
-def test_a_holder_that_has_not_spoken_yet_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unnamed_holder_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_dir_module, "LOCK_WAIT_SECONDS", 0.1)
     first, second = RunDir(tmp_path), RunDir(tmp_path)
     first.open()
@@ -234,13 +232,13 @@ def test_a_holder_that_has_not_spoken_yet_is_no_trouble(tmp_path: Path, monkeypa
     first.close()
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_to_change(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--run-dir .*file/run cannot be written"):
         RunDir(tmp_path / "file" / "run").open()
 
 
-def test_opening_clears_away_what_killed_writes_left(tmp_path: Path) -> None:
+def test_opening_removes_leftovers_of_killed_writes(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     (tmp_path / ".status.a1b2c3d4.partial").write_text("run")
     run_dir.open()
@@ -254,7 +252,7 @@ def test_an_unknown_status_is_none(tmp_path: Path) -> None:
     assert RunDir(tmp_path).status is None
 
 
-def test_clearing_forgets_an_earlier_run(tmp_path: Path) -> None:
+def test_clearing_removes_an_earlier_run(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.open()
     Checkpoints(run_dir.checkpoints).save(STATE, 1)

@@ -1,11 +1,13 @@
-"""The configuration: what is refused, what wins over what, and what comes back from a file."""
+"""The configuration: validation, precedence of flags over file over recipe, and the round trip through TOML."""
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
 import pytest
+import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +17,7 @@ from ddp_circles.job.faults import Fault
 from ddp_circles.train import parse_command_line
 
 FLAGS: list[tuple[str, Any, str, Any]] = [
-    # flag, its default, another value on the command line, and that value in the configuration
+    # flag, default, another value as written on the command line, and as held in the configuration
     ("--dataset", "circles", "moons", "moons"),
     ("--n-samples", 1000, "10", 10),
     ("--noise", 0.03, "0", 0.0),
@@ -87,7 +89,7 @@ ILL_TYPED: dict[str, list[Any]] = {
     for field in dataclasses.fields(Config)
 }
 IN_RANGE_ONLY = {"run_dir", "plots"}
-"""Any path and any truth value will do."""
+"""Fields that accept every value of their type."""
 
 
 def flag_of(field: str) -> str:
@@ -103,7 +105,7 @@ def cases(table: dict[str, list[Any]]) -> list[Any]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """The message with which a command line is refused, however it is refused."""
+    """The error message for a bad command line, raised by us or by the parser."""
     with pytest.raises((UserError, SystemExit)) as refused:
         parse_command_line(arguments)
     if isinstance(refused.value, UserError):
@@ -113,7 +115,7 @@ def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_every_field_is_tried_out_of_range_and_ill_typed() -> None:
+def test_the_tables_of_bad_values_cover_every_field() -> None:
     fields = {field.name for field in dataclasses.fields(Config)}
     assert set(OUT_OF_RANGE) == fields - IN_RANGE_ONLY
     assert set(ILL_TYPED) == fields
@@ -134,8 +136,6 @@ def test_out_of_range_is_refused_on_the_command_line(
 
 @pytest.mark.parametrize("field, value", cases(ILL_TYPED))
 def test_ill_typed_is_refused_in_a_file(field: str, value: Any, tmp_path: Path) -> None:
-    import tomli_w
-
     file = tmp_path / "config.toml"
     file.write_text(tomli_w.dumps({field: value}))
     with pytest.raises(UserError, match=rf"--config .*{flag_of(field)}\b"):
@@ -239,7 +239,7 @@ def test_recipes_are_the_tutorials(name: str, expected: dict[str, Any]) -> None:
 
 
 def values_of(field: "dataclasses.Field[Any]") -> st.SearchStrategy[Any]:
-    """Valid values of one field."""
+    """Valid values for one field."""
     if get_origin(field.type) is Literal:
         return st.sampled_from(field.type.__args__)  # type: ignore[union-attr]
     positive = st.floats(1e-6, 1e6)
@@ -272,9 +272,7 @@ CONFIGS = st.builds(Config, **{field.name: values_of(field) for field in datacla
 
 @settings(deadline=None)
 @given(config=CONFIGS)
-def test_a_file_brings_back_the_run_but_not_the_start(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
-    import tomllib
-
+def test_a_file_restores_the_run_but_not_its_launch(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     text = config.to_toml()
     fields = {field.name for field in dataclasses.fields(Config)}
     assert set(tomllib.loads(text)) == fields - {"run_dir", "resume", "fault"}

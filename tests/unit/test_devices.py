@@ -1,4 +1,4 @@
-"""Who computes on what, and which ranks can be one job."""
+"""Choice of device and backend, and the check that all ranks can form one job."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, nccl: bool = True)
     [("cuda", "auto", "--device cuda"), ("cuda", "gloo", "--device cuda"), ("auto", "nccl", "--backend nccl"),
      ("cpu", "nccl", "--backend nccl")],
 )  # fmt: skip
-def test_what_is_absent_is_refused_by_flag(
+def test_missing_hardware_is_refused_by_flag(
     device: str, backend: str, flag: str, nccl: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_gpus(monkeypatch, 0, nccl=nccl)
@@ -53,7 +53,7 @@ def test_device_and_backend(
 
 
 def test_ranks_that_see_one_gpu_each_take_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with `srun --gpus-per-task=1`: who shares one with whom is seen by its own name, not by its number."""
+    """With `srun --gpus-per-task=1` every GPU is number 0: only its UUID shows if ranks share one."""
     fake_gpus(monkeypatch, 1)
     assert choose_device("cuda", "auto", 2) == (torch.device("cuda:0"), "nccl")
     assert choose_device("cuda", "gloo", 2) == (torch.device("cuda:0"), "gloo")
@@ -79,6 +79,6 @@ ON_A = Place("a", "cuda with nccl", "GPU-1")
         ([Place("a", refusal="busy"), Place("b", refusal="none")], "rank 0 (host a): busy"),
     ],
 )
-def test_ranks_on_places_that_do_not_go_together_are_refused(places: list[Place], why: str) -> None:
+def test_ranks_that_cannot_form_one_job_are_refused(places: list[Place], why: str) -> None:
     assert why_not_together(places).startswith(why)
     assert bool(why_not_together(places)) == bool(why)

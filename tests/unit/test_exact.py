@@ -1,4 +1,4 @@
-"""The exact sums by themselves: against exact arithmetic, in any order and partition, up to and beyond their range."""
+"""Exact sums against rational arithmetic: any order, any partition, up to the limit of their range and beyond."""
 
 import math
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ in_range = st.floats(width=32, min_value=-IN_RANGE, max_value=IN_RANGE, exclude_
 
 
 def terms(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[list[float]]]:
-    """The gradients of up to `MICRO_BATCHES` micro-batches, three elements each."""
+    """Gradients of 1 to `MICRO_BATCHES` micro-batches, three elements each."""
     return st.lists(st.lists(values, min_size=3, max_size=3), min_size=1, max_size=MICRO_BATCHES)
 
 
 def tally_of(*losses: float) -> LocalTally:
-    """A rank that has seen micro-batches of these losses, with one right answer each."""
+    """One rank's tally of micro-batches with these losses, one right answer each."""
     tally = LocalTally(CPU)
     for loss in losses:
         tally.add(torch.tensor(loss), torch.zeros(1), torch.zeros(1))
@@ -44,17 +44,17 @@ def tally_of(*losses: float) -> LocalTally:
 
 
 def make_reducer(model: nn.Module, owned: int = MICRO_BATCHES, tally: LocalTally | None = None) -> ExactReducer:
-    """A reducer at world one, which has seen a loss of 0 if nothing else is said."""
+    """A reducer at world one; by default with one micro-batch of loss 0 in its tally."""
     tally = tally or tally_of(0.0)
     return ExactReducer(
         model, model, micro_batches=MICRO_BATCHES, owned=owned, tally=tally, stop_requested=lambda: False, device=CPU
     )
 
 
-def sum_on_one_rank(gradients: Sequence[Sequence[float]], rows: int = MICRO_BATCHES) -> tuple[Tensor, int]:
-    """What one rank's reducer makes of the gradients of a step, and how many values it found out of range."""
+def sum_on_one_rank(gradients: Sequence[Sequence[float]], grouped: int = MICRO_BATCHES) -> tuple[Tensor, int]:
+    """One rank's sum of a step's gradients, and its out-of-range flag. `grouped`: micro-batches rounded together."""
     model = nn.Linear(3, 1, bias=False)
-    reducer = make_reducer(model, owned=rows)
+    reducer = make_reducer(model, owned=grouped)
     for gradient, (_, context) in zip(gradients, reducer.passes(len(gradients)), strict=True):
         with context:
             model.weight.grad = torch.tensor([gradient])
@@ -62,14 +62,14 @@ def sum_on_one_rank(gradients: Sequence[Sequence[float]], rows: int = MICRO_BATC
     return model.weight.grad.clone(), int(reducer.agreed(0, last=True)[2])
 
 
-def restored(integers: Tensor) -> Tensor:
+def as_floats(integers: Tensor) -> Tensor:
     return dequantize(integers, GRADIENT_BITS, out=torch.empty(len(integers)))
 
 
 @settings(deadline=None)
 @given(integer=st.integers(-(2**62), 2**62))
 def test_a_sum_is_rounded_once(integer: int) -> None:
-    value = Fraction(restored(torch.tensor([integer])).item()) * 2**GRADIENT_BITS
+    value = Fraction(as_floats(torch.tensor([integer])).item()) * 2**GRADIENT_BITS
     for towards in (-np.inf, np.inf):
         neighbour = Fraction(float(np.nextafter(np.float32(value / 2**GRADIENT_BITS), np.float32(towards))))
         assert abs(integer - value) <= abs(integer - neighbour * 2**GRADIENT_BITS)
@@ -77,11 +77,11 @@ def test_a_sum_is_rounded_once(integer: int) -> None:
 
 @settings(deadline=None)
 @given(gradients=terms(in_range), data=st.data())
-def test_order_and_rows_do_not_change_a_bit(gradients: list[list[float]], data: st.DataObject) -> None:
+def test_order_and_grouping_do_not_change_a_bit(gradients: list[list[float]], data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(gradients))
-    rows = data.draw(st.integers(1, MICRO_BATCHES))
+    grouped = data.draw(st.integers(1, MICRO_BATCHES))
     expected, _ = sum_on_one_rank(gradients)
-    assert sum_on_one_rank(shuffled, rows)[0].numpy().tobytes() == expected.numpy().tobytes()
+    assert sum_on_one_rank(shuffled, grouped)[0].numpy().tobytes() == expected.numpy().tobytes()
 
 
 @settings(deadline=None)
@@ -95,7 +95,7 @@ def test_partition_does_not_change_a_bit(gradients: list[list[float]], data: st.
     ]  # fmt: skip
     added = sum(data.draw(st.permutations(per_rank)), start=torch.zeros(3, dtype=torch.int64))
     expected, _ = sum_on_one_rank(gradients)
-    assert restored(added).numpy().tobytes() == expected.flatten().numpy().tobytes()
+    assert as_floats(added).numpy().tobytes() == expected.flatten().numpy().tobytes()
 
 
 @settings(deadline=None)
@@ -119,7 +119,7 @@ def test_every_sum_is_either_right_or_reported(gradients: list[list[float]]) -> 
         integers = [sum(round(Fraction(g[column]) * 2**GRADIENT_BITS) for g in gradients) for column in range(3)]
         assert all(abs(integer) < 2**62 for integer in integers)
         expected = torch.tensor(integers, dtype=torch.int64)
-        assert torch.equal(summed.flatten(), restored(expected))
+        assert torch.equal(summed.flatten(), as_floats(expected))
     else:
         assert out_of_range > 0
 
@@ -156,20 +156,20 @@ LOSS_LIMIT = largest_term(MICRO_BATCHES, LOSS_BITS)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, LOSS_LIMIT, -LOSS_LIMIT, 1e30])
-def test_loss_out_of_range_is_noticed(loss: float) -> None:
+def test_loss_out_of_range_is_reported(loss: float) -> None:
     assert sums_of_losses([1.0, loss, 2.0])[2] == 1
 
 
 @settings(deadline=None)
 @given(losses=st.lists(st.floats(-LOSS_LIMIT, LOSS_LIMIT, width=32, exclude_min=True, exclude_max=True), min_size=1))
-def test_losses_ride_along_as_they_are_counted_alone(losses: list[float]) -> None:
+def test_losses_that_ride_with_the_gradients_are_exact(losses: list[float]) -> None:
     losses = losses[:MICRO_BATCHES]
     units = sum(round(Fraction(loss) * 2**LOSS_BITS) for loss in losses)
     assert sums_of_losses(losses) == [units, len(losses), 0, 0]
 
 
 def sums_of_losses(losses: Sequence[float]) -> list[int]:
-    """What the ranks agree on after a step of these losses."""
+    """Integers the ranks agree on after a step with these losses."""
     model = nn.Linear(3, 1, bias=False)
     reducer = make_reducer(model, tally=tally_of(*losses))
     with reducer.passes(1)[0][1]:
@@ -178,7 +178,7 @@ def sums_of_losses(losses: Sequence[float]) -> list[int]:
 
 
 def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
-    """Each step's gradients against float64 sums of the same micro-batches'."""
+    """Compare each step's gradients with float64 sums over the same micro-batches."""
     torch.manual_seed(42)
     model = Classifier(2, (10, 10), "relu", 2)
     parameters = list(model.parameters())
@@ -212,7 +212,7 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
     assert differing < 0.01 * elements
 
 
-# ---- what may be trained
+# ---- models that are refused, and models that are not
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ UNIT = 2.0**-GRADIENT_BITS
 
 
 class FakeBucket:
-    """One bucket of a model of two parameters, one bucket for each: `last` has the first parameter, as in DDP."""
+    """One of two DDP buckets, one parameter each. As in DDP, the last bucket holds the first parameter."""
 
     def __init__(self, model: nn.Module, *, last: bool) -> None:
         first, second = model.parameters()
@@ -291,7 +291,7 @@ class FakeBucket:
 
 
 class FakeNetwork:
-    """The all-reduces of a test: each adds 10 to every element, or fails."""
+    """An all-reduce that adds 10 to every element, as if from other ranks, or fails."""
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
@@ -309,8 +309,8 @@ class FakeNetwork:
     def get_future(self) -> Future[list[Tensor]]:
         return self.future
 
-    def end(self) -> None:
-        """End the collective that is under way."""
+    def complete(self) -> None:
+        """Complete the collective in flight."""
         if self.failure is not None:
             self.future.set_exception(self.failure)  # type: ignore[arg-type]
         else:
@@ -324,12 +324,12 @@ def network(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
     return made
 
 
-def test_a_failed_all_reduce_reaches_whoever_waits_for_the_gradients(network: FakeNetwork) -> None:
+def test_a_failed_all_reduce_raises_where_gradients_are_awaited(network: FakeNetwork) -> None:
     model = nn.Linear(3, 2)
     reducer, early, last = make_reducer(model), FakeBucket(model, last=False), FakeBucket(model, last=True)
     network.failure = RuntimeError("gloo/transport/tcp: connection closed by peer")
     future = reducer.reduce_bucket(early)  # type: ignore[arg-type]
-    network.end()
+    network.complete()
     with pytest.raises(RuntimeError, match="connection closed by peer"):
         future.wait()
     with pytest.raises(RuntimeError, match="connection closed by peer"):
@@ -338,21 +338,21 @@ def test_a_failed_all_reduce_reaches_whoever_waits_for_the_gradients(network: Fa
     assert torch.equal(last.gradients, torch.full((6,), 3 * UNIT))
 
 
-def test_the_sum_of_all_ranks_replaces_the_ranks_own_gradients(network: FakeNetwork) -> None:
+def test_the_sum_over_all_ranks_replaces_local_gradients(network: FakeNetwork) -> None:
     model = nn.Linear(3, 2)
     reducer, early, last = make_reducer(model), FakeBucket(model, last=False), FakeBucket(model, last=True)
     for parameter, units in zip(model.parameters(), (1.0, 2.0), strict=True):
         parameter.grad = torch.full_like(parameter, units * UNIT)
     reducer.accumulate()
     future = reducer.reduce_bucket(early)  # type: ignore[arg-type]
-    network.end()
+    network.complete()
     assert torch.equal(future.wait(), torch.full((2,), (3 + 2 + 10) * UNIT))
     assert torch.equal(reducer.reduce_bucket(last).wait(), torch.full((6,), (3 + 1 + 10) * UNIT))  # type: ignore[arg-type]
     assert torch.equal(last.gradients, torch.full((6,), (3 + 1 + 10) * UNIT))
     assert reducer.agreed(0, last=True).tolist() == [10, 11, 10, 10]
 
 
-def test_few_gradients_wait_where_the_model_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_round_fewer_gradients_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = sum_on_one_rank([[1.0, 2.0, 3.0]] * MICRO_BATCHES)
     monkeypatch.setattr(exact, "WAITING_ELEMENTS", 7)
     model = nn.Linear(3, 1, bias=False)

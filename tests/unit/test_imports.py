@@ -1,4 +1,4 @@
-"""What is imported when, and what the package offers."""
+"""Import discipline: nothing heavy before the command line is parsed; and the public names."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ HEAVY = {"torch", "sklearn", "numpy", "scipy", "wandb", "matplotlib", "safetenso
 
 
 def imported_by(*arguments: str, code: int = 0) -> set[str]:
-    """The top-level names of all that `python *arguments` imports; it must end with `code`."""
+    """Top-level packages imported by `python *arguments`, which must exit with `code`."""
     done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
@@ -38,7 +38,7 @@ def test_nothing_heavy_is_imported_early(arguments: tuple[str, ...]) -> None:
     assert not imported & HEAVY
 
 
-def test_the_oracle_sees_heavy_imports() -> None:
+def test_heavy_imports_are_detected() -> None:
     assert "numpy" in imported_by("-c", "import numpy")
 
 
@@ -54,7 +54,7 @@ def test_the_public_names() -> None:
 
 
 @pytest.mark.parametrize("module", ["train", "predict"])
-def test_running_a_module_warns_of_nothing(module: str) -> None:
+def test_running_a_module_prints_no_warning(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", f"ddp_circles.{module}", "--help"],
         env=os.environ | {"COLUMNS": "100"},

@@ -1,4 +1,4 @@
-"""Loss and accuracy as integers: the same sums however the micro-batches are shared out, and no wrapping round."""
+"""Loss and accuracy as integers: sums independent of the ranks, and no overflow."""
 
 import math
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ def tally_of(losses: list[float], logits: list[Tensor], targets: list[Tensor]) -
 
 @settings(deadline=None)
 @given(losses=LOSSES, owners=st.lists(st.integers(0, 3), min_size=12, max_size=12), seed=st.integers(0, 2**31))
-def test_sums_do_not_depend_on_who_counts(losses: list[float], owners: list[int], seed: int) -> None:
+def test_sums_do_not_depend_on_the_ranks(losses: list[float], owners: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = [torch.randn(size, generator=generator) for size in range(len(losses))]
     targets = [(torch.rand(size, generator=generator) < 0.5).float() for size in range(len(losses))]
@@ -36,7 +36,7 @@ def test_sums_do_not_depend_on_who_counts(losses: list[float], owners: list[int]
         mine = [number for number in range(len(losses)) if owners[number] == rank]
         share = tally_of([losses[n] for n in mine], [logits[n] for n in mine], [targets[n] for n in mine])
         total += share.take(len(losses))
-    units = sum(round(Fraction(loss) * UNITS) for loss in losses)  # exact arithmetic, halves to even
+    units = sum(round(Fraction(loss) * UNITS) for loss in losses)  # exact arithmetic, ties to even
     right = sum(
         (logit > 0) == (target == 1)
         for some, others in zip(logits, targets, strict=True)
@@ -45,7 +45,7 @@ def test_sums_do_not_depend_on_who_counts(losses: list[float], owners: list[int]
     assert total.tolist() == [units, right, 0]
 
 
-def test_a_tally_counts_once() -> None:
+def test_taking_a_tally_empties_it() -> None:
     tally = tally_of([1.0], [torch.tensor([3.0, -3.0])], [torch.tensor([1.0, 1.0])])
     assert tally.take(8).tolist() == [UNITS, 1, 0]
     assert tally.take(8).tolist() == [0, 0, 0]
@@ -62,7 +62,7 @@ def test_losses_out_of_range_are_counted(bad: float) -> None:
     assert tally_of([1.0, bad, bad, 2.0], nothing, nothing).take(8)[2] == 2
 
 
-def test_the_largest_losses_allowed_cannot_wrap_round() -> None:
+def test_the_largest_losses_allowed_cannot_overflow() -> None:
     largest = torch.tensor(2.0**35).nextafter(torch.tensor(0.0)).item()
     nothing = [torch.zeros(0)] * 8
     units, _, bad = tally_of([largest] * 8, nothing, nothing).take(8).tolist()
@@ -82,12 +82,12 @@ def test_a_billion_samples_are_summed_to_the_last_unit() -> None:
         total.count += per_step
         exact += sum(Fraction(torch.tensor(share).item()) for share in shares)
     assert total.count == samples
-    assert abs(Fraction(total.loss_units, UNITS) - exact) <= Fraction(80, 2 * UNITS)  # half a unit for each of 80 terms
+    assert abs(Fraction(total.loss_units, UNITS) - exact) <= Fraction(80, 2 * UNITS)  # half a unit per term, 80 terms
     assert total.loss == pytest.approx(mean, rel=1e-6)
-    assert exact * 2**44 > 2**63  # the gradients' resolution would have wrapped round
+    assert exact * 2**44 > 2**63  # would overflow at the gradients' resolution
 
 
-def test_all_billion_samples_in_one_agreement() -> None:
+def test_a_billion_samples_in_one_agreement() -> None:
     units, _, bad = tally_of([10**9 / 8 * 2.5] * 8, [torch.zeros(1)] * 8, [torch.zeros(1)] * 8).take(8).tolist()
     assert (units, bad) == (round(10**9 * 2.5) * UNITS, 0)
 
@@ -98,24 +98,24 @@ def test_percent_is_printed_as_published() -> None:
     assert tally.loss == 0.5
 
 
-def sums(step: int) -> Tensor:
+def device_sums(step: int) -> Tensor:
     return torch.tensor([10 * step, step, 0, 0])
 
 
-def read(step: int) -> Sums:
+def expected_sums(step: int) -> Sums:
     return Sums(step, 64 * (step + 1), 10 * step, step, 0, 0)
 
 
 def post(reader: SumsReader, step: int) -> None:
-    reader.post(step, 64 * (step + 1), sums(step))
+    reader.post(step, 64 * (step + 1), device_sums(step))
 
 
 def test_sums_are_read_at_once_without_delay() -> None:
     reader = SumsReader(delay=0, seconds=1, waiting=nullcontext())
     for step in range(3):
         post(reader, step)
-        assert reader.peek() == [read(step)]
-        assert reader.read() == [read(step)]
+        assert reader.peek() == [expected_sums(step)]
+        assert reader.read() == [expected_sums(step)]
         assert (reader.read(), reader.peek()) == ([], [])
 
 
@@ -124,19 +124,19 @@ def test_sums_are_read_one_agreement_late() -> None:
     assert (reader.read(), reader.peek(), reader.read(everything=True)) == ([], [], [])
     post(reader, 0)
     assert reader.read() == []
-    assert reader.peek() == [read(0)]
+    assert reader.peek() == [expected_sums(0)]
     post(reader, 1)
-    assert reader.read() == [read(0)]
-    assert reader.peek() == [read(1)]
+    assert reader.read() == [expected_sums(0)]
+    assert reader.peek() == [expected_sums(1)]
     assert reader.read() == []
     post(reader, 2)
-    assert reader.peek() == [read(1), read(2)]
-    assert reader.read(everything=True) == [read(1), read(2)]
+    assert reader.peek() == [expected_sums(1), expected_sums(2)]
+    assert reader.read(everything=True) == [expected_sums(1), expected_sums(2)]
     assert reader.read(everything=True) == []
 
 
 class Event:
-    """A CUDA event that has happened when it was asked for often enough."""
+    """A CUDA event that completes after `times` queries."""
 
     def __init__(self, times: float) -> None:
         self.times = times
@@ -146,10 +146,10 @@ class Event:
         return self.times < 0
 
 
-def test_a_sum_that_does_not_come_is_waited_for_in_bounded_time() -> None:
+def test_the_wait_for_a_sum_is_bounded() -> None:
     reader = SumsReader(delay=0, seconds=0.2, waiting=nullcontext())
-    reader._pending.append((3, 256, sums(3), cast(torch.cuda.Event, Event(times=100))))
-    assert reader.read() == [read(3)]
-    reader._pending.append((4, 320, sums(4), cast(torch.cuda.Event, Event(times=math.inf))))
+    reader._pending.append((3, 256, device_sums(3), cast(torch.cuda.Event, Event(times=100))))
+    assert reader.read() == [expected_sums(3)]
+    reader._pending.append((4, 320, device_sums(4), cast(torch.cuda.Event, Event(times=math.inf))))
     with pytest.raises(ConnectionError, match="no sum of all ranks came within"):
         reader.read()

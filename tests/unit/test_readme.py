@@ -1,4 +1,4 @@
-"""What the README says of flags, files and tests is so."""
+"""The README is true: options, promises, links, file tree and code."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "slurm/README.md", ROOT / "benchmarks/RE
 
 
 def table(heading: str) -> list[list[str]]:
-    """The rows of the first table after `heading`, as cells."""
+    """Cells of the table under `heading`, row by row."""
     section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
@@ -41,7 +41,7 @@ def test_every_promise_names_a_test_that_exists() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_are_not_broken(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)\)", document.read_text()):
         if not target.startswith("http"):
             assert (document.parent / target).exists(), target
@@ -54,10 +54,10 @@ def test_the_file_tree_is_complete() -> None:
     assert sorted(listed) == sorted(path.name for path in modules if path.parent.name != "verify")
 
 
-def test_the_loop_shown_is_the_loop_run() -> None:
+def test_the_loop_shown_is_the_real_one() -> None:
     section = README.split("\n## The five steps\n", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
     assert section in (ROOT / "ddp_circles/loop.py").read_text()
 
 
-def test_nothing_is_left_to_fill_in() -> None:
+def test_no_placeholder_is_left() -> None:
     assert not [document for document in DOCUMENTS if re.search("@@[A-Z]+@@", document.read_text())]

@@ -1,4 +1,4 @@
-"""Which sample goes where: every index once, the same steps for every world, DistributedSampler's own order."""
+"""Sharding: every index exactly once, the same steps at any world size, DistributedSampler's own order."""
 
 import time
 import tracemalloc
@@ -31,7 +31,7 @@ def distributed_sampler(samples: int, replicas: int, rank: int, seed: int) -> Di
 def own_steps(
     samples: int, batch_size: int, micro_batches: int, rank: int, world_size: int, order: torch.Tensor
 ) -> list[set[int]]:
-    """The samples that one rank uses in each step; fails if it uses one twice."""
+    """One rank's samples in each step; asserts that it uses none twice."""
     everything = torch.arange(samples)
     sharding = Sharding(samples, batch_size, micro_batches, rank, world_size)
     shares = shares_of(Dataset(everything, everything), order, sharding)
@@ -82,7 +82,7 @@ def test_a_micro_batch_is_what_distributed_sampler_gives_a_replica(
     seed=SEEDS,
     epoch=EPOCHS,
 )
-def test_each_step_takes_the_same_samples_in_every_world(
+def test_each_step_takes_the_same_samples_at_any_world_size(
     samples: int, batch_size: int, micro_batches: int, world_size: int, seed: int, epoch: int
 ) -> None:
     order = TensorSampler(samples, seed=seed).order(epoch)
@@ -93,7 +93,7 @@ def test_each_step_takes_the_same_samples_in_every_world(
     for step, batch in enumerate(batches):
         shares = [steps[step] for steps in ranks]
         assert set().union(*shares) == batch
-        assert sum(map(len, shares)) == len(batch)  # nobody else has what one has
+        assert sum(map(len, shares)) == len(batch)  # no sample is shared by two ranks
 
 
 @few
@@ -119,7 +119,9 @@ def test_step_sizes_add_up(samples: int, batch_size: int) -> None:
 
 
 @given(samples=SAMPLES, batch_size=BATCH_SIZES, micro_batches=MICRO_BATCHES)
-def test_the_shares_of_a_step_differ_by_one_sample_at_most(samples: int, batch_size: int, micro_batches: int) -> None:
+def test_micro_batches_of_a_step_differ_by_at_most_one_sample(
+    samples: int, batch_size: int, micro_batches: int
+) -> None:
     sharding = Sharding(samples, batch_size, micro_batches, 0, 1)
     for step in range(sharding.steps):
         bounds = [sharding.bounds(step, number) for number in range(micro_batches)]
@@ -143,7 +145,7 @@ def test_epochs_differ_and_repeat() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_ten_million_samples_make_no_list() -> None:
+def test_ten_million_samples_are_never_a_list() -> None:
     samples = 10**7
     sharding = Sharding(samples, 1000, 8, 1, 4)
     everything = torch.arange(samples)
@@ -157,7 +159,7 @@ def test_ten_million_samples_make_no_list() -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 2**20  # a list of the indices would take 80 MB and more; tensors are not counted here
+    assert peak < 2**20  # a list of the indices takes over 80 MB; tensors are not traced
     assert time.process_time() - started < 20
     assert sum(len(share.inputs) for share in shares.values()) == samples // 4
     assert torch.equal(order.sort().values, everything)
@@ -166,8 +168,8 @@ def test_ten_million_samples_make_no_list() -> None:
 # ---- many ranks
 
 
-def test_a_rank_among_many_does_its_own_share_and_no_more() -> None:
-    """What one of 1,024 ranks holds and computes does not depend on how many others there are."""
+def test_work_per_rank_does_not_grow_with_the_number_of_ranks() -> None:
+    """Each of 1,024 ranks holds and computes its own micro-batch only."""
     samples, micro_batches, world = 1024 * 50 + 7, 1024, 1024
     order = TensorSampler(samples, seed=42).order(3)
     everything = torch.arange(samples)

@@ -1,4 +1,4 @@
-"""From the launcher's variables to ranks, and into a process group and out of it again."""
+"""Ranks from the launcher's variables, and the life of a process group."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_circles.errors import UserError
+from ddp_circles.job import world as world_module
 from ddp_circles.job.ranks import Ranks, read_ranks
 from ddp_circles.job.world import fingerprint, is_lost_peer, open_world, pin_threads
 from tests.harness.ranks import Job, free_port, run_ranks
@@ -59,13 +60,13 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in names}
 
 
-def test_no_launcher_is_one_process() -> None:
+def test_without_a_launcher_there_is_one_process() -> None:
     ranks = read_ranks({"PATH": "/bin", "HOSTNAME": "laptop"})
     assert ranks == Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, nodes=1, job_id=None)
     assert (ranks.is_main, ranks.launched, ranks.serves_store, ranks.store_address) == (True, False, False, None)
 
 
-def test_torchruns_variables() -> None:
+def test_torchrun_variables() -> None:
     ranks = read_ranks(TORCHRUN)
     assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (5, 8, 1, 4)
     assert (ranks.nodes, ranks.launcher, ranks.job_id, ranks.restarts) == (2, "torchrun", "night", 0)
@@ -73,32 +74,32 @@ def test_torchruns_variables() -> None:
     assert (ranks.is_main, ranks.launched, ranks.serves_store) == (False, True, False)
 
 
-def test_the_environment_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_the_environment_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     assert read_ranks() == read_ranks(TORCHRUN)
 
 
-def test_torchrun_within_a_slurm_step_comes_first() -> None:
+def test_torchrun_inside_a_slurm_step_wins() -> None:
     ranks = read_ranks(SRUN | TORCHRUN)
     assert (ranks.rank, ranks.world_size, ranks.launcher, ranks.job_id) == (5, 8, "torchrun", "night")
 
 
 @pytest.mark.parametrize("run_id", ["none", "", None])
-def test_a_run_id_of_none_is_no_name(run_id: str | None) -> None:
+def test_a_run_id_of_none_counts_as_missing(run_id: str | None) -> None:
     environment = without(TORCHRUN, "TORCHELASTIC_RUN_ID") | ({} if run_id is None else {"TORCHELASTIC_RUN_ID": run_id})
     assert read_ranks(environment).job_id is None
     assert read_ranks(environment | SBATCH).job_id == "77"
 
 
-def test_a_store_without_agent_is_served_by_rank_0() -> None:
+def test_rank_0_serves_the_store_without_an_agent() -> None:
     own = without(TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE")
     assert not read_ranks(own).serves_store
     assert read_ranks(own | {"RANK": "0", "LOCAL_RANK": "0"}).serves_store
     assert not read_ranks(TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).serves_store
 
 
-def test_the_slurm_steps_variables() -> None:
+def test_slurm_step_variables() -> None:
     ranks = read_ranks(SRUN)
     assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (3, 4, 1, 2)
     assert (ranks.nodes, ranks.launcher, ranks.job_id) == (2, "srun", "77")
@@ -109,7 +110,7 @@ def test_the_slurm_steps_variables() -> None:
     assert (ranks.is_main, ranks.launched, ranks.serves_store) == (False, True, False)
 
 
-def test_all_ranks_of_a_step_meet_at_one_address_and_other_steps_elsewhere() -> None:
+def test_each_step_has_one_address_of_its_own() -> None:
     def address(**changes: str) -> tuple[str, int] | None:
         return read_ranks(SRUN | changes).store_address
 
@@ -125,7 +126,7 @@ def test_all_ranks_of_a_step_meet_at_one_address_and_other_steps_elsewhere() -> 
     "tasks_per_node, node, local_id, expected",
     [("2(x2)", 1, 1, 2), ("3,1", 0, 2, 3), ("3,1", 1, 0, 1), ("1(x2),2", 2, 1, 2), ("4", 0, 3, 4)],
 )
-def test_tasks_per_node_in_slurms_short_form(tasks_per_node: str, node: int, local_id: int, expected: int) -> None:
+def test_slurms_short_form_of_tasks_per_node(tasks_per_node: str, node: int, local_id: int, expected: int) -> None:
     changes = {
         "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
         "SLURM_NODEID": str(node),
@@ -153,7 +154,7 @@ def test_a_step_of_one_task_is_a_world_of_one() -> None:
     assert (ranks.world_size, ranks.store_address, ranks.job_id, ranks.launched) == (1, None, "77", True)
 
 
-def test_the_first_node_is_asked_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_scontrol_names_the_first_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[1-2]" ] && printf "node1\\nnode2\\n"\n')
     scontrol.chmod(0o755)
@@ -163,7 +164,7 @@ def test_the_first_node_is_asked_of_slurm(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert ranks.store_address[0] == "node1"
 
 
-def test_without_scontrol_the_error_names_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_scontrol_the_error_names_master_addr(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="MASTER_ADDR"):
         read_ranks(without(SRUN, "MASTER_ADDR"))
@@ -203,7 +204,7 @@ def test_contradictions_are_errors(environment: dict[str, str], named: str) -> N
         read_ranks(environment)
 
 
-def test_restarts_between_nodes_need_a_store_of_their_own() -> None:
+def test_restarts_on_several_nodes_need_a_separate_store() -> None:
     restarted = TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"}
     ranks = read_ranks(restarted)
     assert ranks.restarts == 1
@@ -223,7 +224,7 @@ def test_restarts_between_nodes_need_a_store_of_their_own() -> None:
     ],
 )
 def test_threads_do_not_depend_on_the_launcher(inherited: dict[str, str]) -> None:
-    """torchrun sets OMP_NUM_THREADS to 1 where it is not set."""
+    """torchrun sets OMP_NUM_THREADS to 1 unless it is set already."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.harness.programs.show_threads"],
         env=os.environ | inherited,
@@ -243,30 +244,28 @@ def test_threads_are_pinned_after_torch_is_imported_too() -> None:
     assert run_ranks(pinned, 2) == [3, 3]
 
 
-def refuse_on_one(rank: int) -> str:
-    """The device of one rank is missing; each rank says why it was refused."""
-    from ddp_circles.job import world
-
+def open_without_gpu(rank: int) -> str:
+    """Open a world in which `rank` has no GPU; returns the refusal each rank gets."""
     ranks = read_ranks()
     fakes = {"is_available": lambda: ranks.rank != rank, "device_count": lambda: 1, "set_device": lambda _: None}
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
-    setattr(world, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
+    setattr(world_module, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
     with pytest.raises(UserError) as refused, open_world(ranks, "cuda", "gloo", 30):
         pass
     return str(refused.value)
 
 
 @pytest.mark.parametrize("agent_serves", [True, False])
-def test_what_one_rank_lacks_is_refused_on_all_alike(agent_serves: bool) -> None:
+def test_a_missing_gpu_on_one_rank_is_refused_on_all(agent_serves: bool) -> None:
     environment = {} if agent_serves else {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
-    said = run_ranks(refuse_on_one, 3, 2, environment=environment)
-    assert len(set(said)) == 1
-    assert said[0].startswith("rank 2 (host ")
-    assert "--device cuda was asked for and torch sees no CUDA device here" in said[0]
+    refusals = run_ranks(open_without_gpu, 3, 2, environment=environment)
+    assert len(set(refusals)) == 1
+    assert refusals[0].startswith("rank 2 (host ")
+    assert "--device cuda was asked for and torch sees no CUDA device here" in refusals[0]
 
 
-def be_refused_on_one(rank: int) -> str:
+def refuse_on_one(rank: int) -> str:
     ranks = read_ranks()
 
     def act() -> int:
@@ -281,15 +280,15 @@ def be_refused_on_one(rank: int) -> str:
     return str(refused.value)
 
 
-def test_what_one_rank_cannot_do_is_refused_on_all_alike() -> None:
-    said = run_ranks(be_refused_on_one, 3, 1)
-    assert len(set(said)) == 1
-    assert said[0].endswith("): --n-samples: too many for this node")
-    assert said[0].startswith("rank 1 (host ")
+def test_a_refusal_on_one_rank_is_raised_on_all() -> None:
+    refusals = run_ranks(refuse_on_one, 3, 1)
+    assert len(set(refusals)) == 1
+    assert refusals[0].endswith("): --n-samples: too many for this node")
+    assert refusals[0].startswith("rank 1 (host ")
 
 
 def use_world() -> dict[str, Any]:
-    """Open the world of this rank, use it, leave it; twice by an error."""
+    """Open a world, use each of its collectives, and close it; returns their results."""
     seen: dict[str, Any] = {}
     ranks = read_ranks()
     with open_world(ranks, "cpu", "gloo", 30) as world:
@@ -299,7 +298,7 @@ def use_world() -> dict[str, Any]:
         seen["broadcast"] = world.broadcast([f"from {ranks.rank}"])
         seen["first"] = world.agree_on_first(f"word of {ranks.rank}")
         seen["again"] = world.agree_on_first("another word")
-        seen["words"] = world.describe()
+        seen["description"] = world.describe()
     seen["closed"] = not dist.is_initialized()
     return seen
 
@@ -309,16 +308,16 @@ def test_a_world_opens_and_closes(size: int) -> None:
     results = run_ranks(use_world, size)
     for rank, seen in enumerate(results):
         assert seen["open"] == (True, rank, size, "gloo")
-        assert seen["sum"] == [size * (2**53 + 1), sum(range(size))]  # beyond what float64 holds
+        assert seen["sum"] == [size * (2**53 + 1), sum(range(size))]  # float64 cannot hold it
         assert seen["gather"] == [{"rank": other} for other in range(size)]
         assert seen["broadcast"] == ["from 0"]
         assert seen["first"] == results[0]["first"] == seen["again"]
-        assert seen["words"] == f"{size} rank{'s' * (size > 1)} (torchrun), cpu, gloo"
+        assert seen["description"] == f"{size} rank{'s' * (size > 1)} (torchrun), cpu, gloo"
         assert seen["closed"]
     assert results[0]["first"] in [f"word of {rank}" for rank in range(size)]
 
 
-def leave_by_error() -> bool:
+def raise_in_world() -> bool:
     try:
         with open_world(read_ranks(), "cpu", "gloo", 30):
             raise LookupError
@@ -327,10 +326,10 @@ def leave_by_error() -> bool:
 
 
 def test_a_world_closes_after_an_error() -> None:
-    assert run_ranks(leave_by_error, 2) == [True, True]
+    assert run_ranks(raise_in_world, 2) == [True, True]
 
 
-def be_alone() -> tuple[int, list[int], bool]:
+def open_world_of_one() -> tuple[int, list[int], bool]:
     with open_world(Ranks(), "cpu", "gloo", 30) as world:
         size, total = dist.get_world_size(), torch.tensor([7])
         dist.all_reduce(total)
@@ -339,20 +338,20 @@ def be_alone() -> tuple[int, list[int], bool]:
 
 
 def test_one_process_is_a_world_too() -> None:
-    assert run_ranks(be_alone, 1) == [(1, [7], False)]
+    assert run_ranks(open_world_of_one, 1) == [(1, [7], False)]
 
 
-def use_loopback() -> str:
+def gloo_interface() -> str:
     with open_world(read_ranks(), "cpu", "gloo", 30):
         return os.environ["GLOO_SOCKET_IFNAME"]
 
 
-def test_gloo_uses_loopback_on_one_node_unless_told_otherwise() -> None:
-    assert run_ranks(use_loopback, 2) == ["lo", "lo"]
-    assert run_ranks(use_loopback, 1, environment={"GLOO_SOCKET_IFNAME": "lo,lo"}) == ["lo,lo"]
+def test_gloo_uses_loopback_on_one_node_by_default() -> None:
+    assert run_ranks(gloo_interface, 2) == ["lo", "lo"]
+    assert run_ranks(gloo_interface, 1, environment={"GLOO_SOCKET_IFNAME": "lo,lo"}) == ["lo,lo"]
 
 
-def meet_nobody() -> tuple[float, str]:
+def wait_for_missing_rank() -> tuple[float, str]:
     started = time.monotonic()
     with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), "cpu", "gloo", 2):
         pass
@@ -360,8 +359,8 @@ def meet_nobody() -> tuple[float, str]:
     return time.monotonic() - started, str(refused.value)
 
 
-def test_a_rank_that_never_comes_is_missed_in_time() -> None:
-    with Job(meet_nobody, 1, environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}) as job:
+def test_the_wait_for_a_missing_rank_is_bounded() -> None:
+    with Job(wait_for_missing_rank, 1, environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}) as job:
         [outcome] = job.wait(60)
     assert outcome.code == 0, outcome.output
     seconds, message = outcome.value
@@ -381,7 +380,7 @@ def lose_peer() -> bool:
     return is_lost_peer(failed.value)
 
 
-def test_a_lost_peer_is_told_from_other_errors() -> None:
+def test_a_lost_peer_is_distinguished_from_other_errors() -> None:
     with Job(lose_peer, 2) as job:
         survivor, _ = job.wait(60)
     assert (survivor.code, survivor.value) == (0, True), survivor.output
@@ -390,7 +389,7 @@ def test_a_lost_peer_is_told_from_other_errors() -> None:
     assert not is_lost_peer(BrokenPipeError())
 
 
-def test_the_fingerprint_names_what_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_holds_what_the_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MKL_CBWR", raising=False)
     marks = fingerprint(CPU, 3)
     assert (marks["torch"], marks["device"], marks["threads"]) == (torch.__version__, "cpu", "3")
