@@ -23,7 +23,7 @@ def calls_at_the_first_sum(*flags: object) -> list[tuple[str, str]]:
         return all_reduce(*arguments, **options)
 
     dist.all_reduce = noting
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         train(*flags)
     return seen
 
