@@ -8,9 +8,9 @@
 asked=''
 trap 'asked=yes' USR1 TERM
 
-# Slurm may signal more than its own child; torchrun must not get that. With proctrack/pgid the signal goes to the process
-# group, so torchrun runs in its own session; with proctrack/linuxproc it goes to every descendant, so torchrun ignores
-# USR1. Outside the group KILL no longer reaches torchrun: the death signal, if setpriv is new enough, replaces it.
+# Slurm may signal more than its own child, and torchrun must not get that signal. With proctrack/pgid it goes to the
+# process group, so torchrun has its own session; with proctrack/linuxproc it goes to every descendant, so torchrun
+# ignores USR1. Outside the group KILL no longer reaches torchrun; the death signal, if setpriv has it, replaces it.
 apart=(setsid)
 if setpriv --pdeathsig KILL true 2>/dev/null; then apart+=(setpriv --pdeathsig KILL); fi
 (
