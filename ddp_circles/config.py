@@ -56,13 +56,13 @@ class Config:
     micro_batches: int = 8
     """Pieces each global batch is cut into in exact mode; equal in runs to be compared."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto: cuda where there is one."""
+    """Device to compute on; auto: cuda if available."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Library that adds up the ranks' sums; auto: nccl on cuda, else gloo."""
+    """Communication library; auto: nccl on cuda, else gloo."""
     run_dir: Path | None = None
     """Folder of the results; default: runs/<id of the launch, of the Slurm job, or time stamp>."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue what is in the run directory; never: discard it, once; must: refuse to begin anew."""
+    """auto: continue what is in the run directory; never: discard it, once; must: fail without a checkpoint."""
     checkpoint_seconds: float = 30.0
     """Save when this much time has passed since the last checkpoint."""
     checkpoint_steps: int = 0

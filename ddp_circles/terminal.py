@@ -1,4 +1,4 @@
-"""Lines for people: standard output for what happens, standard error for warnings."""
+"""Console lines and warnings: standard output for what happens, standard error for warnings."""
 
 import contextlib
 import os

@@ -1,1 +1,1 @@
-"""Being one of many processes: ranks, the process group, devices, stop requests, lost peers, planned faults."""
+"""One process among many: ranks, the process group, devices, stop requests, lost peers, planned faults."""
