@@ -35,7 +35,7 @@ from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
 from ddp_circles.records.run_dir import RunDir
 from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, new_run_id
-from ddp_circles.terminal import say, warn
+from ddp_circles.terminal import warn
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def _fit_in_world(
     loss: loop.LossFunction,
 ) -> Result:
     """Train in an open world; `at_end` is told what to close."""
+    fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
         run_dir=config.run_dir,
@@ -97,13 +98,13 @@ def _fit_in_world(
         settings=config.lasting,
         data=data.digest() if data is not None else None,
         threads=config.threads,
-        fault_rank=Fault.parse(config.fault).rank if config.fault else None,
+        fault_rank=fault.rank if fault else None,
     )
     at_end.callback(found.close)
     bare = _make_model(config, model).to(world.device)
     if found.is_done(config.epochs):
         found.restore_model(bare)
-        _say(world, f"{found.path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
+        world.say(f"{found.path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
         return Result(bare, found.state["metrics"], found.path, world.ranks.is_main)
     split = data or _make_points(config, world)
     split = Split(split.train.to(world.device), split.test.to(world.device))
@@ -113,7 +114,7 @@ def _fit_in_world(
     samples = len(split.train.inputs)
     recorder = Recorder(
         watch=watch,
-        rehearsal=_make_rehearsal(config, world, found, bare),
+        rehearsal=Rehearsal(fault, found.path / "fault", bare) if fault and fault.rank == world.ranks.rank else None,
         writer=_make_writer(config, world, found.run_dir, found, bare, optimizer) if found.run_dir else None,
         steps_per_epoch=-(-samples // (config.batch_size or samples)),
         train_seconds=found.state.get("train_seconds", 0.0),
@@ -135,7 +136,7 @@ def _fit_in_world(
     )
     progress = found.restore(bare, optimizer)
     begun = f"continue after step {recorder.global_step(progress)}" if found.state else "start"
-    _say(world, f"{begun}: {world.describe()}, run directory {found.path}")
+    world.say(f"{begun}: {world.describe()}, run directory {found.path}")
     try:
         with recorder.running(progress, config.to_toml()):
             loop.train(training, epochs=config.epochs, progress=progress)
@@ -148,15 +149,10 @@ def _fit_in_world(
     except StopRequestedError:
         recorder.close()
         command = continuing_command(world.ranks, sys.orig_argv, found.path)
-        _say(world, f"stopped after step {recorder.global_step(progress)}; to continue: {command}")
+        world.say(f"stopped after step {recorder.global_step(progress)}; to continue: {command}")
         raise
-    _say(world, f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {found.path}")
+    world.say(f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {found.path}")
     return Result(bare, recorder.metrics, found.path, world.ranks.is_main)
-
-
-def _say(world: World, message: str) -> None:
-    if world.ranks.is_main:
-        say(message)
 
 
 def _make_points(config: Config, world: World) -> Split:
@@ -202,13 +198,6 @@ def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTal
         stop_requested=stop_requested,
         device=world.device,
     )
-
-
-def _make_rehearsal(config: Config, world: World, found: Found, bare: nn.Module) -> Rehearsal | None:
-    fault = Fault.parse(config.fault) if config.fault else None
-    if fault is None or fault.rank != world.ranks.rank:
-        return None
-    return Rehearsal(fault, found.path / "fault", bare)
 
 
 def _make_writer(

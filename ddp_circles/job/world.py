@@ -20,6 +20,7 @@ from ddp_circles.errors import UserError
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
 from ddp_circles.job.ranks import Ranks, set_thread_variables
 from ddp_circles.job.watch import waiting
+from ddp_circles.terminal import say
 
 SHARED_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 HEARING_SECONDS = 5.0
@@ -92,6 +93,11 @@ class World:
         count = "1 rank" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
         nodes = f" on {ranks.nodes} nodes" if ranks.nodes > 1 else ""
         return f"{count}{nodes} ({ranks.launcher}), {self.device.type}, {self.backend}"
+
+    def say(self, line: str) -> None:
+        """Print a line, from rank 0 alone."""
+        if self.ranks.is_main:
+            say(line)
 
     def agree_on_first(self, word: str) -> str:
         """The first value any rank proposes wins; it survives a restart of the workers."""

@@ -7,6 +7,7 @@ import copy
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def _boundary_figure(model: nn.Module, split: Split) -> Figure:
     for axes, name, samples in zip(panels, ("Train", "Test"), split, strict=True):
         _draw_regions(axes, regions, limits)
         _draw_points(axes, samples, classes=len(regions))
-        axes.set_title(f"{name}: accuracy {_accuracy(model, samples):.2f}%{_share_shown(samples)}")
+        count = len(samples.inputs)
+        share = f"\n{POINTS_SHOWN:,} of {count:,} points shown" if count > POINTS_SHOWN else ""
+        axes.set_title(f"{name}: accuracy {_accuracy(model, samples):.2f}%{share}")
         axes.set(xlabel="$x_1$", aspect="equal", xlim=limits[0], ylim=limits[1])
         axes.label_outer()
     panels[0].set_ylabel("$x_2$")
@@ -167,7 +170,7 @@ def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], dtype: t
 
 def _draw_regions(axes: Axes, regions: np.ndarray[Any, Any], limits: tuple[tuple[float, float], ...]) -> None:
     classes = len(regions)
-    palette = np.array([to_rgb(_colour(number)) for number in range(classes)])
+    palette = np.array([to_rgb(colour) for colour, _ in class_marks(classes)])
     sureness = (regions.max(axis=0) * classes - 1) / (classes - 1)
     strength = (0.12 + 0.28 * sureness)[..., np.newaxis]
     extent = (*limits[0], *limits[1])
@@ -183,17 +186,9 @@ def _draw_points(axes: Axes, samples: Dataset, *, classes: int) -> None:
     shown = _subset(len(samples.inputs))
     inputs, targets = samples.inputs[shown].numpy(), samples.targets[shown].numpy()
     size = 36 if len(inputs) <= 250 else 24
-    for number in range(classes):
-        points = inputs[targets == number]
-        axes.scatter(
-            points[:, 0],
-            points[:, 1],
-            s=size,
-            color=_colour(number),
-            marker=_marker(number),
-            edgecolors="white",
-            linewidths=0.6,
-        )
+    for number, (colour, marker) in enumerate(class_marks(classes)):
+        x1, x2 = inputs[targets == number].T
+        axes.scatter(x1, x2, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.6)
 
 
 def _subset(count: int) -> Tensor:
@@ -204,35 +199,19 @@ def _subset(count: int) -> Tensor:
     return torch.from_numpy(np.sort(chosen))
 
 
-def _share_shown(samples: Dataset) -> str:
-    count = len(samples.inputs)
-    return f"\n{POINTS_SHOWN:,} of {count:,} points shown" if count > POINTS_SHOWN else ""
-
-
 def _add_legend(figure: Figure, *, classes: int, boundary: bool) -> None:
     handles = [
-        Line2D(
-            [],
-            [],
-            color=_colour(number),
-            marker=_marker(number),
-            markersize=8,
-            linestyle="none",
-            label=f"class {number}",
-        )
-        for number in range(classes)
+        Line2D([], [], color=colour, marker=marker, markersize=8, linestyle="none", label=f"class {number}")
+        for number, (colour, marker) in enumerate(class_marks(classes))
     ]
     if boundary:
         handles.append(Line2D([], [], color=INK, linewidth=1.4, label="decision boundary"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), LEGEND_COLUMNS))
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _marker(number: int) -> str:
-    return MARKERS[number % len(MARKERS)]
+def class_marks(classes: int) -> list[tuple[str, str]]:
+    """Colour and marker of each class."""
+    return list(islice(zip(cycle(COLOURS), cycle(MARKERS)), classes))
 
 
 def _curves(axes: Axes, metrics: Sequence[Mapping[str, float]], name: str, *, scale: float) -> None:

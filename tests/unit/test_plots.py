@@ -218,8 +218,7 @@ def test_ten_classes_are_told_apart(tmp_path: Path, drawn: list[Figure]) -> None
     torch.manual_seed(0)
     samples = Dataset(torch.randn(100, 2), torch.arange(100) % 10)
     plots.draw_decision_boundary(nn.Linear(2, 10), Split(samples, samples), tmp_path / "a.png")
-    looks = {(plots._colour(number), plots._marker(number)) for number in range(10)}
-    assert len(looks) == 10
+    assert len(set(plots.class_marks(10))) == 10
     assert len(legend_of(drawn[0])) == 11
 
 
