@@ -5,7 +5,6 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
@@ -120,22 +119,33 @@ LASTING_FIELDS = (
 STARTUP_FIELDS = ("run_dir", "resume", "fault")
 """Fields that belong to one start of a run, not to the run."""
 
+_TUTORIAL = {"optimizer": "sgd", "lr": 0.1, "batch_size": 0}
+_BLOBS = {"dataset": "blobs", "noise": 1.5, "hidden": (8, 8), "activation": "none"}
 RECIPES: dict[str, dict[str, Any]] = {
     "circles": {},
-    "model_0": {"hidden": (5,), "activation": "none", "epochs": 100, "log_every": 10},
-    "model_1": {"hidden": (10, 10), "activation": "none", "epochs": 1000, "log_every": 100},
-    "model_3": {"hidden": (10, 10), "activation": "relu", "epochs": 1000, "log_every": 100},
-    "model_4": {
-        "dataset": "blobs",
-        "noise": 1.5,
-        "hidden": (8, 8),
-        "activation": "none",
-        "epochs": 100,
-        "log_every": 10,
-    },
+    "model_0": _TUTORIAL | {"hidden": (5,), "activation": "none", "epochs": 100, "log_every": 10},
+    "model_1": _TUTORIAL | {"hidden": (10, 10), "activation": "none", "epochs": 1000, "log_every": 100},
+    "model_3": _TUTORIAL | {"hidden": (10, 10), "activation": "relu", "epochs": 1000, "log_every": 100},
+    "model_4": _TUTORIAL | _BLOBS | {"epochs": 100, "log_every": 10},
 }
-_TUTORIAL = {"optimizer": "sgd", "lr": 0.1, "batch_size": 0}
-RECIPES.update({name: _TUTORIAL | RECIPES[name] for name in RECIPES if name != "circles"})
+
+_TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[int, ...]: "whole numbers",
+}
+_WHOLE_RANGES = {
+    "n_samples": (2, MOST_SAMPLES),
+    "data_seed": (0, 2**32 - 1),
+    "epochs": (1, math.inf),
+    "batch_size": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "micro_batches": (1, MOST_MICRO_BATCHES),
+    "checkpoint_steps": (0, math.inf),
+    "log_every": (1, math.inf),
+    "threads": (1, MOST_THREADS),
+}
 
 
 def _flag(field: str) -> str:
@@ -145,30 +155,20 @@ def _flag(field: str) -> str:
 def _matches(value: object, annotation: Any) -> bool:
     if isinstance(value, bool):
         return annotation is bool
+    if annotation == tuple[int, ...]:
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
     if get_origin(annotation) is Literal:
         return isinstance(value, str)
-    if get_origin(annotation) is tuple:
-        return isinstance(value, tuple) and all(_matches(item, get_args(annotation)[0]) for item in value)
-    if get_origin(annotation) is UnionType:
-        return any(_matches(value, choice) for choice in get_args(annotation))
-    return isinstance(value, (int, float)) if annotation is float else isinstance(value, annotation)
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) is tuple:
-        return "whole numbers"
-    if get_origin(annotation) is UnionType or get_origin(annotation) is Literal:
-        return "text"
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(annotation, "text")
+    return isinstance(value, (int, float) if annotation is float else annotation)
 
 
 def _check_types(config: Config) -> None:
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value, choices = getattr(config, field.name), get_args(field.type)
         if not _matches(value, field.type):
-            raise UserError(f"{_flag(field.name)} must be {_type_name(field.type)}, got {value!r}")
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise UserError(f"{_flag(field.name)} must be one of {', '.join(get_args(field.type))}, got {value!r}")
+            raise UserError(f"{_flag(field.name)} must be {_TYPE_NAMES.get(field.type, 'text')}, got {value!r}")
+        if get_origin(field.type) is Literal and value not in choices:
+            raise UserError(f"{_flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_ranges(config: Config) -> None:
@@ -176,19 +176,9 @@ def _check_ranges(config: Config) -> None:
         if not holds:
             raise UserError(f"{_flag(field)} must be {expected}, got {getattr(config, field)!r}")
 
-    def whole(field: str, least: int, most: float = math.inf) -> None:
+    for field, (least, most) in _WHOLE_RANGES.items():
         expected = f"{least} or more" if most == math.inf else f"between {least} and {most}"
         require(least <= getattr(config, field) <= most, field, expected)
-
-    for field in ("batch_size", "checkpoint_steps"):
-        whole(field, 0)
-    for field in ("seed", "data_seed"):
-        whole(field, 0, 2**32 - 1)
-    whole("epochs", 1)
-    whole("log_every", 1)
-    whole("n_samples", 2, MOST_SAMPLES)
-    whole("micro_batches", 1, MOST_MICRO_BATCHES)
-    whole("threads", 1, MOST_THREADS)
     for field in ("lr", "checkpoint_seconds"):
         require(0 < getattr(config, field) < math.inf, field, "a finite number above 0")
     require(0 < config.timeout <= LONGEST_TIMEOUT, "timeout", f"above 0 and at most {LONGEST_TIMEOUT}")

@@ -160,9 +160,7 @@ def _make_points(config: Config, world: World) -> Split:
     if is_cached(config.n_samples):
         return world.together(lambda: make_points(**config.points))
     # Rank 0 hands them round: the others need not import scikit-learn, which takes far longer than the points.
-    made = world.together(lambda: make_points(**config.points) if world.ranks.is_main else None)
-    points: Split = world.broadcast(made)
-    return points
+    return world.on_rank_0(lambda: make_points(**config.points))
 
 
 def _make_model(config: Config, model: nn.Module | None) -> nn.Module:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -111,11 +111,20 @@ class World:
                 dist.all_reduce(integers)
         return integers
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
-        box = [value]
+    def on_rank_0(self, action: Callable[[], T]) -> T:
+        """Call `action` on rank 0 alone; returns its result, or raises its `UserError`, on every rank."""
+        result: T | None = None
+        refusal = ""
+        if self.ranks.is_main:
+            try:
+                result = action()
+            except UserError as error:
+                refusal = str(error)
+        box = [result, refusal]
         dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        if box[1]:
+            raise UserError(box[1])
+        return cast(T, box[0])
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in the order of ranks, on every rank."""

@@ -90,20 +90,20 @@ def open_run(
     """
     marks, launches = _compare_ranks(world, threads, data)
     settings = settings | {"data": data}
-    opened, found, refusal = None, None, None
-    if world.ranks.is_main:
-        try:
-            opened = RunDir(run_dir or Path("runs") / _run_name(world))
-            opened.open()
-            found = _read(world, opened, resume, launches, settings, fault_rank)
-        except UserError as error:
-            refusal = str(error)
-    path, found, refusal = world.broadcast((opened and opened.path, found, refusal))
-    if found is None:
+    opened: RunDir | None = None
+
+    def read() -> tuple[Path, bytes, bool]:
+        nonlocal opened
+        opened = RunDir(run_dir or Path("runs") / _run_name(world))
+        opened.open()
+        return opened.path, *_read(world, opened, resume, launches, settings, fault_rank)
+
+    try:
+        path, content, finished = world.on_rank_0(read)
+    except UserError:
         if opened is not None:
             opened.close()
-        raise UserError(refusal)
-    content, finished = found
+        raise
     return Found(path, decode(content) if content else {}, finished, marks, launches, settings, opened)
 
 

@@ -287,6 +287,19 @@ def test_a_refusal_on_one_rank_is_raised_on_all() -> None:
     assert refusals[0].startswith("rank 1 (host ")
 
 
+def refuse_on_rank_0() -> str:
+    def refuse() -> int:
+        raise UserError("--run-dir x is in use")
+
+    with open_world(read_ranks(), "cpu", "gloo", 30) as world, pytest.raises(UserError) as refused:
+        world.on_rank_0(refuse)
+    return str(refused.value)
+
+
+def test_what_rank_0_refuses_is_refused_on_all_alike() -> None:
+    assert run_ranks(refuse_on_rank_0, 3) == ["--run-dir x is in use"] * 3
+
+
 def use_world() -> dict[str, Any]:
     """Open a world, use each of its collectives, and close it; returns their results."""
     seen: dict[str, Any] = {}
@@ -295,7 +308,7 @@ def use_world() -> dict[str, Any]:
         seen["open"] = (dist.is_initialized(), dist.get_rank(), dist.get_world_size(), dist.get_backend())
         seen["sum"] = world.sum(torch.tensor([2**53 + 1, ranks.rank])).tolist()
         seen["gather"] = world.gather({"rank": ranks.rank})
-        seen["broadcast"] = world.broadcast([f"from {ranks.rank}"])
+        seen["on rank 0"] = world.on_rank_0(lambda: [f"from {ranks.rank}"])
         seen["first"] = world.agree_on_first(f"word of {ranks.rank}")
         seen["again"] = world.agree_on_first("another word")
         seen["description"] = world.describe()
@@ -310,7 +323,7 @@ def test_a_world_opens_and_closes(size: int) -> None:
         assert seen["open"] == (True, rank, size, "gloo")
         assert seen["sum"] == [size * (2**53 + 1), sum(range(size))]  # float64 cannot hold it
         assert seen["gather"] == [{"rank": other} for other in range(size)]
-        assert seen["broadcast"] == ["from 0"]
+        assert seen["on rank 0"] == ["from 0"]
         assert seen["first"] == results[0]["first"] == seen["again"]
         assert seen["description"] == f"{size} rank{'s' * (size > 1)} (torchrun), cpu, gloo"
         assert seen["closed"]
