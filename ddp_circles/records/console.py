@@ -10,7 +10,7 @@ from ddp_circles.records.metrics_file import Row
 from ddp_circles.terminal import say
 
 BAR_SECONDS = 0.1
-"""Least time between two pictures of the progress bar."""
+"""Shortest time between two redraws of the progress bar."""
 
 
 class Console:
@@ -31,7 +31,7 @@ class Console:
         self._draw(int(row["epoch"]) + 1)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -40,8 +40,8 @@ def _as_line(row: Row) -> bytes:
 class MetricsFile:
     """The metrics file: one JSON object per epoch, each epoch once.
 
-    Opening it drops the lines of `keep_below_epoch` and later, which the run will log again; raises `OSError`. A line
-    that cannot be written, as on a full disk, is a warning, and is tried again with the next one.
+    Opening it drops the lines of epochs from `keep_below_epoch` on, which the run will log again; raises `OSError`. A
+    line that cannot be written, for instance on a full disk, is a warning, and is written together with the next one.
     """
 
     def __init__(self, path: Path, keep_below_epoch: int) -> None:

@@ -6,6 +6,7 @@ import json
 import netrc
 import os
 import secrets
+import shlex
 import signal
 import string
 import subprocess
@@ -80,7 +81,8 @@ class WandbFollower:
             self._give_up(f"no end after {seconds:.0f} s")
 
     def _give_up(self, cause: str) -> None:
-        warn(f"Weights & Biases is left out from here on ({cause}); metrics.jsonl has everything")
+        later = f"`python -m ddp_circles.records.wandb_copy {shlex.quote(str(self._run_dir))}` copies it later"
+        warn(f"Weights & Biases is left out from here on ({cause}); metrics.jsonl has everything, and {later}")
         self._let_go()
 
     def _let_go(self) -> None:
@@ -114,7 +116,7 @@ def new_run_id() -> str:
 
 
 def choose_mode(mode: str) -> Mode:
-    """What `--wandb` comes to on this machine; `auto` asks the environment and files, never a person or a server.
+    """Resolve `--wandb` for this machine; `auto` asks the environment and files, never a person or a server.
 
     `auto` is WANDB_MODE or the mode in wandb's settings file where one is set, else online where there are credentials
     for the server, else offline.

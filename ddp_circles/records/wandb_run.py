@@ -6,12 +6,13 @@ import os
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import wandb
 
-from ddp_circles.records.metrics_file import parse_rows
+from ddp_circles.records.metrics_file import Row, parse_rows
 
 POLL_SECONDS = 0.2
 SETTINGS: dict[str, Any] = {
@@ -49,11 +50,9 @@ def copy_run(
     Online, epochs that the server has are passed over. Offline, the copy is built anew, and then those of earlier
     starts are removed: `wandb sync` would let one folder replace the epochs of another.
     """
-    earlier = []
-    if mode == "offline":
-        earlier = _offline_copies(run_dir, run_id)
-        while _offline_copies(run_dir, run_id, begun=time.strftime("%Y%m%d_%H%M%S")):
-            time.sleep(0.1)  # the new folder's name has the second in it
+    earlier = _offline_copies(run_dir, run_id) if mode == "offline" else []
+    while earlier and _offline_copies(run_dir, run_id, begun=time.strftime("%Y%m%d_%H%M%S")):
+        time.sleep(0.1)  # the new folder is named after the second it is begun in
     run = wandb.init(
         mode=mode,
         project=project,
@@ -67,26 +66,19 @@ def copy_run(
     print(f"wandb: {run.url or f'offline; to upload: {upload}'}", flush=True)
     for name in ("train/*", "test/*", "plots/*", "seconds", "step"):
         run.define_metric(name, step_metric="epoch")
-
-    last_step, torn_line = None, b""
-    with (run_dir / "metrics.jsonl").open("rb") as file:
-        while True:
-            status = (run_dir / "status").read_text().strip()  # before the lines: a final one comes after the last
-            over = status in ("finished", "stopped", "failed") or os.getppid() != trainer
-            lines, _, torn_line = (torn_line + file.read()).rpartition(b"\n")
-            for row in parse_rows(lines):
-                step = int(row["step"])
-                if step >= run.starting_step and (last_step is None or step > last_step):
-                    run.log(row, step=step)
-                    last_step = step
-            while earlier:
-                shutil.rmtree(earlier.pop(), ignore_errors=True)
-            if over:
-                break
-            time.sleep(POLL_SECONDS)
-    if status == "finished":
-        _complete(run, run_dir, last_step, pictures=config.get("plots", True))
-    run.finish(exit_code=0 if status == "finished" else 1)
+    last_step = None
+    for rows in _follow(run_dir, trainer):
+        for row in rows:
+            step = int(row["step"])
+            if step >= run.starting_step and (last_step is None or step > last_step):
+                run.log(row, step=step)
+                last_step = step
+        while earlier:  # the new copy has what they have
+            shutil.rmtree(earlier.pop(), ignore_errors=True)
+    finished = _read_status(run_dir) == "finished"
+    if finished:
+        _complete(run, run_dir, last_step, drawn=config.get("plots", True))
+    run.finish(exit_code=0 if finished else 1)
 
 
 def _offline_copies(run_dir: Path, run_id: str, begun: str = "????????_??????") -> list[Path]:
@@ -95,11 +87,32 @@ def _offline_copies(run_dir: Path, run_id: str, begun: str = "????????_??????") 
     return [path for path in found if not path.is_symlink()]
 
 
-def _complete(run: wandb.Run, run_dir: Path, last_step: int | None, *, pictures: bool) -> None:
+def _follow(run_dir: Path, trainer: int | None) -> Iterator[list[Row]]:
+    """The rows of the metrics file as they are written, until there will be no more.
+
+    The file stays open: a later start of the run puts another one in its place if it drops lines.
+    """
+    over, torn_line = False, b""
+    with (run_dir / "metrics.jsonl").open("rb") as file:
+        while not over:
+            # Before the read, since all rows are there when the run is over.
+            over = _read_status(run_dir) in ("finished", "stopped", "failed") or os.getppid() != trainer
+            lines, _, torn_line = (torn_line + file.read()).rpartition(b"\n")
+            yield parse_rows(lines)
+            if not over:
+                time.sleep(POLL_SECONDS)
+
+
+def _read_status(run_dir: Path) -> str:
+    return (run_dir / "status").read_text().strip()
+
+
+def _complete(run: wandb.Run, run_dir: Path, last_step: int | None, *, drawn: bool) -> None:
     """Add what a finished run leaves beside its epochs; `last_step` is None if the server had those."""
-    images = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(run_dir.glob("plots/*.png"))}
-    has_images = last_step is None and all(run.summary.get(name) for name in images)  # type: ignore[no-untyped-call]
-    if images and pictures and not has_images:  # without `pictures` they were drawn before the run went on
+    pictures = sorted(run_dir.glob("plots/*.png")) if drawn else []  # else of a time before the run went on
+    images = {f"plots/{path.stem}": wandb.Image(str(path)) for path in pictures}
+    on_server = last_step is None and all(run.summary.get(name) for name in images)  # type: ignore[no-untyped-call]
+    if images and not on_server:
         run.log(images, step=last_step)  # beside the last epoch's figures, which are still open
     run.summary.update(json.loads((run_dir / "summary.json").read_bytes()))
     model = wandb.Artifact(f"model-{run.id}", type="model")

@@ -225,6 +225,9 @@ def test_no_kill_costs_or_repeats_an_epoch(folder: Path, home: Path, killed: str
         wait_until_none_at(home, 15)
         only_folder(folder)
         assert epochs(folder) == list(range(20))
+        shutil.rmtree(folder / "wandb")
+        assert copy(folder).returncode == 0
+        assert epochs(folder) == list(range(20))
     again = Tracked(folder, keep=15)
     again.log(*range(15, 22))
     again.finish()
@@ -293,7 +296,7 @@ def test_a_closed_or_silent_server_is_one_warning_and_no_wait(
     for warning, cause in zip(said, ("connection refused", "CommError"), strict=True):
         assert warning.startswith("warning: Weights & Biases is left out from here on (")
         assert ("no end after 3 s" if end == "stopped" else cause) in warning
-        assert warning.endswith("); metrics.jsonl has everything")
+        assert "); metrics.jsonl has everything" in warning
     assert not any(KEY in path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
 
 
