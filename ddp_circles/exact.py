@@ -133,15 +133,15 @@ class ExactReducer:
             replica.register_comm_hook(weakref.proxy(self), ExactReducer.reduce_bucket)
 
     def passes(self, count: int) -> list[Pass]:
-        """See `loop.Reducer`: only the last micro-batch is reduced; the others are added up on the rank."""
+        """The passes of this rank's `count` micro-batches in one step; the last one sums over all ranks."""
         return [self._accumulating] * (count - 1) + [self._reducing]
 
     def weight(self, samples: int) -> float:
-        """See `loop.Reducer`: the gradients are added up, so the sum is the gradient of the mean loss."""
+        """The factor of a micro-batch's summed loss in a step of `samples` over all ranks: gradients are added up."""
         return 1.0 / samples
 
-    def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the protocol's arguments
-        """See `loop.Reducer`: the ranks agree after every step."""
+    def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the arguments of `FastReducer.agreed`
+        """Loss units, right answers, values out of range and stop requests of all ranks in the last step; int64 [4]."""
         return self._sums
 
     def accumulate(self) -> None:

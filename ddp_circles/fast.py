@@ -38,15 +38,18 @@ class FastReducer:
         self._flag = torch.tensor([[0], [1]], device=world.device)
 
     def passes(self, count: int) -> list[Pass]:
-        """See `loop.Reducer`."""
+        """The passes of this rank's `count` micro-batches in one step, through DDP."""
         return [self._pass] * count
 
     def weight(self, samples: int) -> float:
-        """See `loop.Reducer`: DDP averages over ranks; this makes it the mean over samples, for unequal shards too."""
+        """The factor of a micro-batch's summed loss that makes DDP's mean over ranks the mean over samples."""
         return self.micro_batches / samples
 
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
-        """See `loop.Reducer`."""
+        """Loss units, right answers, values out of range and stop requests of all ranks since the last agreement.
+
+        int64 of shape [4], or None after a step at which the ranks do not agree. `last`: the epoch's last step.
+        """
         if not last and (step + 1) % AGREES_EVERY:
             return None
         sums = self._tally.take(self.micro_batches * AGREES_EVERY)

@@ -10,7 +10,7 @@ for each epoch:
     evaluate on the test set
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from ddp_circles.data import Dataset
 from ddp_circles.errors import OutOfRangeError, StopRequestedError
-from ddp_circles.exact import Pass
+from ddp_circles.exact import ExactReducer
+from ddp_circles.fast import FastReducer
 from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
@@ -41,26 +42,6 @@ class Step(NamedTuple):
     """Factor of a summed loss that makes the reducer's sum the step's mean; a float32 scalar."""
     micro_batches: list[tuple[Tensor, Tensor, nn.Module, AbstractContextManager[object]]]
     """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks."""
-
-
-class Reducer(Protocol):
-    """Sums gradients and metrics over all ranks, behind the loop's back."""
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches in each step, over all ranks."""
-
-    def passes(self, count: int) -> Sequence[Pass]:
-        """The passes of this rank's `count` micro-batches in one step; the last one sums over all ranks."""
-
-    def weight(self, samples: int) -> float:
-        """The factor of a micro-batch's summed loss in a step of `samples` over all ranks."""
-
-    def agreed(self, step: int, *, last: bool) -> Tensor | None:
-        """Loss units, right answers, values out of range and stop requests of all ranks since the last agreement.
-
-        int64 of shape [4], or None after a step at which the ranks do not agree. `last`: the epoch's last step.
-        """
 
 
 class Events(Protocol):
@@ -95,7 +76,7 @@ class Training:
     model: nn.Module
     optimizer: Optimizer
     loss: LossFunction
-    reducer: Reducer
+    reducer: ExactReducer | FastReducer
     tally: LocalTally
     world: World
     train_set: Dataset

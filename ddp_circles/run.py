@@ -178,7 +178,7 @@ def _make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     return kind(model.parameters(), lr=config.lr, fused=True)
 
 
-def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> loop.Reducer:
+def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> ExactReducer | FastReducer:
     """The gradient reducer for `bare`, wrapped in DDP unless the world has one rank."""
     alone = world.ranks.world_size == 1
     replica = bare if alone else DistributedDataParallel(bare, gradient_as_bucket_view=True)

@@ -14,7 +14,8 @@ from tests.harness.runs import PROJECT, QUIET
 
 def calls_at_the_first_sum(*flags: object) -> list[tuple[str, str]]:
     """Train, and return the calls of the package that led to the first all-reduce of gradients, as (name, file)."""
-    all_reduce, package, seen = dist.all_reduce, PROJECT / "ddp_circles", []
+    all_reduce, package = dist.all_reduce, PROJECT / "ddp_circles"
+    seen: list[tuple[str, str]] = []
 
     def noting(*arguments: Any, **options: Any) -> Any:
         if not seen:
