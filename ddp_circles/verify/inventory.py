@@ -61,11 +61,6 @@ def _backend(backend: str) -> str:
     return f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}" if backend == "nccl" else backend
 
 
-def kinds(everyone: Sequence[Inventory]) -> dict[str, list[int]]:
-    """The ranks of each kind of device; ranks of one kind must compute the same bits."""
-    return ranks_by([one["kind"] for one in everyone])
-
-
 def ranks_by(values: Sequence[str]) -> dict[str, list[int]]:
     """The ranks that have each of `values`, which are in the order of ranks."""
     ranks = defaultdict(list)
