@@ -422,6 +422,11 @@ def test_a_request_to_stop_ends_all_ranks_with_a_report(tmp_path: Path) -> None:
     assert [finding["ranks"] for finding in content["findings"]] == [[]]
 
 
+def verify_with_a_patient_victim(victim: int, *flags: object) -> None:
+    """The rank that hangs speaks last, so that any other that accuses itself is first."""
+    verify_impatiently(5 if os.environ["RANK"] == str(victim) else 3, *flags)
+
+
 def seed_for(kind: str, *place: object) -> int:
     """A seed with which a fault of this kind strikes at `place`, a phase and a step of it."""
     for seed in itertools.count():
@@ -445,7 +450,7 @@ def test_a_rank_that_hangs_in_its_own_code_says_where_and_those_that_wait_are_no
     phase: str, step: int, tmp_path: Path
 ) -> None:
     flags = ("--out", tmp_path / "verify.json", *SMALL, "--inject=stall@2", "--seed", seed_for("stall", phase, step))
-    with Job(verify_impatiently, 3, 3, *flags) as job:
+    with Job(verify_with_a_patient_victim, 3, 2, *flags) as job:
         outcomes = job.wait(60)
     assert [outcome.code for outcome in outcomes] == [1, 1, 1], outcomes[0].output
     (finding,) = report(tmp_path)["findings"]
@@ -463,12 +468,12 @@ def verify_with_a_hanging_evaluation(victim: int, *flags: object) -> None:
         return original(training, *arguments)
 
     with patch.object(loop, "evaluate", evaluate):
-        verify_impatiently(3, *flags)
+        verify_with_a_patient_victim(victim, *flags)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_hangs_in_the_evaluation_says_where(victim: int, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_in_the_evaluation_says_where(tmp_path: Path) -> None:
+    victim = 1
     with Job(verify_with_a_hanging_evaluation, 2, victim, "--out", tmp_path / "verify.json", *SMALL) as job:
         outcomes = job.wait(60)
     assert [outcome.code for outcome in outcomes] == [1, 1], outcomes[0].output

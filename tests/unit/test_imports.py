@@ -25,6 +25,7 @@ def imported_by(*arguments: str) -> set[str]:
     "arguments",
     [
         ("-m", "ddp_circles.train", "--help"),
+        ("-m", "ddp_circles.verify", "--help"),
         ("-c", "import ddp_circles"),
         ("-c", "import ddp_circles; ddp_circles.Config()"),
         ("-c", "import ddp_circles.config, ddp_circles.job.ranks, ddp_circles.job.stop"),
@@ -58,7 +59,7 @@ def test_the_public_names() -> None:
     assert ddp_circles.fit.__module__ == "ddp_circles.run"
 
 
-@pytest.mark.parametrize("module", ["train", "predict"])
+@pytest.mark.parametrize("module", ["train", "predict", "verify"])
 def test_running_a_module_warns_of_nothing(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", f"ddp_circles.{module}", "--help"],
