@@ -83,13 +83,12 @@ class Session:
         deadline = time.monotonic() + 60 * self._settings.minutes
         workload = oracle.choose_workload(self._size, on_cuda=self._take_inventory())
         dtypes: list[str] = self._board.agree(collectives.supported(self._world), self._judge_dtypes)
-        probe = speed.Probe(self._world.device, self._trouble.work)
-        probe.measure()
+        seconds = self._time_computing()
         for self._round in count():
             seed = (self._settings.seed + self._round) % 2**32
             self._check_collectives(dtypes, seed)
             if self._round == 0:
-                self._measure_speed(probe)
+                self._measure_speed(seconds)
             self._train(workload, seed)
             if not self._board.agree(None, partial(self._judge_time, deadline)):
                 break
@@ -169,11 +168,14 @@ class Session:
 
     # ---- speed
 
-    def _measure_speed(self, probe: speed.Probe) -> None:
-        probe.measure()
+    def _time_computing(self) -> float:
+        return speed.time_computing(self._world.device, self._trouble.work)
+
+    def _measure_speed(self, seconds: float) -> None:
+        """Time the collectives, and before and after this rank's own computing, which has taken `seconds` so far."""
+        seconds = min(seconds, self._time_computing())
         timings = speed.measure(self._world, self._max_bytes, self._mark)
-        probe.measure()
-        self._board.agree((probe.seconds, timings), self._judge_speed)
+        self._board.agree((min(seconds, self._time_computing()), timings), self._judge_speed)
 
     def _judge_speed(self, found: Sequence[tuple[float, list[Timing]]]) -> None:
         seconds, timings = zip(*found, strict=True)

@@ -24,7 +24,7 @@ from tests.harness.ranks import Job, free_port, run_ranks
 
 @pytest.fixture
 def store() -> Iterator[Store]:
-    """What all ranks of a test meet in."""
+    """The store of all ranks of a test."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
     yield PrefixStore("start 0", server)
     del server
