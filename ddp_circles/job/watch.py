@@ -24,15 +24,15 @@ BEAT_SECONDS = 1.0
 LOOK_SECONDS = 0.5
 """Between two looks of the guard at the clock and at the latest news."""
 GRACE_SECONDS = 7.0
-"""How long a rank may take to end by itself once the job has failed."""
+"""Time for a rank to end by itself once the job has failed."""
 WITNESS_SECONDS = 3.0
-"""How long survivors wait for each other's word before they name who gave none; some heartbeats long."""
+"""Time that survivors wait for each other's word before they name who gave none; some heartbeats long."""
 STORE_SECONDS = 30.0
-"""How long the store may take over a rank's last words; several times what the waits in them add up to."""
+"""Time that a rank's last words to the store may take; several times what the waits in them add up to."""
 GUARDED_STORE_SECONDS = 8.0
 """The same for a guarded process, which has promised to end soon; hardly more than those waits."""
 LINGER_SECONDS = 1.0
-"""How much longer the rank that serves the store stays when all have spoken, for them to read the verdict."""
+"""Time that the rank which serves the store stays when all have spoken, for them to read the verdict."""
 WAITED = "waited"
 """The last word of a rank that failed because another one did."""
 NOBODY = ("all ranks waited", "no other rank to ask")

@@ -24,7 +24,7 @@ DTYPES = {"int64": torch.int64, "float32": torch.float32, "bfloat16": torch.bflo
 LIMITS = {"int64": 2**62, "float32": 2**24, "bfloat16": 2**8}
 """The largest sum: all whole numbers up to here are exact."""
 GROUPS = {"int64": 2**20, "float32": 2**11, "bfloat16": 2**4}
-"""How many ranks may contribute to one element."""
+"""The most ranks that may contribute to one element."""
 OPERATIONS = ("broadcast", "all-reduce sum", "all-reduce max", "all-gather")
 ADDENDS = "all-gather of addends"
 """A closer look at a wrong sum: each rank's part of it, gathered instead of added."""
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def elements(self) -> int:
-        """How many elements each rank sends."""
+        """The number of elements that each rank sends."""
         return self.stop - self.start
 
     def __str__(self) -> str:

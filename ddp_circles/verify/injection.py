@@ -42,7 +42,7 @@ class Trouble:
 
     @property
     def work(self) -> int:
-        """How many times a piece of work is done: a rank that rehearses being slow does it three times."""
+        """Times that a piece of work is done: a rank that rehearses being slow does it three times."""
         return 3 if self._kind == "slow" else 1
 
     def reach(self, phase: str, step: int) -> None:
@@ -79,14 +79,9 @@ def flip_once(model: nn.Module, choices: random.Random) -> None:
         element = flipped.view(-1)[flipped.abs().argmax() :][:1]
         before, right = quantize(element, GRADIENT_BITS), element.view(torch.int32).clone()
         for bit in range(first_bit, first_bit + 32):
-            element.view(torch.int32).copy_(right ^ _bit(bit % 32))
+            element.view(torch.int32).copy_(right ^ torch.tensor(1 << bit % 32).to(torch.int32))
             if not torch.equal(quantize(element, GRADIENT_BITS), before):
                 break
         return flipped
 
     handle = parameter.register_hook(flip)
-
-
-def _bit(number: int) -> int:
-    """The int32 with one bit set."""
-    return 1 << number if number < 31 else -(1 << 31)

@@ -21,12 +21,14 @@ def take_inventory(world: World, threads: int) -> Inventory:
     device = world.device
     on_cuda = device.type == "cuda"
     marks = fingerprint(device, threads)
+    cpu = _search("/proc/cpuinfo", r"^model name\s*:\s*(.+)$") or platform.machine()
+    driver = _search("/proc/driver/nvidia/version", r"Kernel Module.*?\s(\d+\.[\d.]+)") or "unknown"
     return {
         "host": socket.gethostname(),
         "device": str(device),
-        "name": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "name": torch.cuda.get_device_name(device) if on_cuda else cpu,
         "uuid": device_uuid(device),
-        "driver": _driver() if on_cuda else "",
+        "driver": driver if on_cuda else "",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "backend": _backend(world.backend),
@@ -41,29 +43,17 @@ def take_inventory(world: World, threads: int) -> Inventory:
     }
 
 
-def _cpu_name() -> str:
+def _search(file: str, pattern: str) -> str:
+    """The group of `pattern` in a file of the system; empty where there is none."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(pattern, Path(file).read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else platform.machine()
-
-
-def _driver() -> str:
-    try:
-        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else "unknown"
+        return ""
+    return found[1] if found else ""
 
 
 def _backend(backend: str) -> str:
     return f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}" if backend == "nccl" else backend
-
-
-def kinds(everyone: Sequence[Inventory]) -> dict[str, list[int]]:
-    """The ranks of each kind of device; ranks of one kind must compute the same bits."""
-    return ranks_by([one["kind"] for one in everyone])
 
 
 def ranks_by(values: Sequence[str]) -> dict[str, list[int]]:

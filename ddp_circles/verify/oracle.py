@@ -9,7 +9,7 @@ single flipped bit is seen even where rounding would hide it from the weights, t
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -52,29 +52,60 @@ def choose_workload(world_size: int, *, on_cuda: bool) -> Workload:
 
 @dataclass(frozen=True)
 class Run:
-    """The traces of one training on one rank: equal runs have equal fields."""
+    """A rank's account of one training: equal runs have equal fields."""
 
     digest: str
     """SHA-256 of weights, loss and accuracy."""
     sums: list[int]
     """For each step, the bits of the summed gradient, added up."""
-    shares: dict[int, list[int]] = field(repr=False)
-    """For each micro-batch that this rank ran, by its number: for each step the bits of its gradient, added up."""
-
-    @property
-    def key(self) -> str:
-        """One word for everything that this rank computed."""
-        return hashlib.sha256(repr((self.digest, self.sums, sorted(self.shares.items()))).encode()).hexdigest()
+    key: str
+    """One word for everything that this rank computed, each gradient included."""
 
 
-def train_alone(world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark, run: str) -> Run:
+Shares = dict[int, list[int]]
+"""For each micro-batch that a rank ran, by its number: for each step the bits of its gradient, added up."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """A rank's account of the training together, held against its own training alone."""
+
+    digest: str
+    share: int | None
+    """The first step in which it computed another gradient than alone; None if there is none."""
+    sum: int | None
+    """The first step in which the summed gradient was another one than alone."""
+
+
+def compare(run: Run, shares: Shares, alone: Run, shares_alone: Shares) -> Together:
+    """Hold a training together against one alone."""
+    steps = [first_difference(share, shares_alone[number]) for number, share in shares.items()]
+    return Together(run.digest, earliest(steps), first_difference(run.sums, alone.sums))
+
+
+def first_difference(these: Sequence[int], those: Sequence[int]) -> int | None:
+    """The first position where two sequences differ, be it that one has ended; None for equal ones."""
+    for position in range(max(len(these), len(those))):
+        if these[position : position + 1] != those[position : position + 1]:
+            return position
+    return None
+
+
+def earliest(steps: Iterable[int | None]) -> int | None:
+    """The smallest number among `steps`; None if there is none."""
+    return min((step for step in steps if step is not None), default=None)
+
+
+def train_alone(
+    world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark, run: str
+) -> tuple[Run, Shares]:
     """Train in this rank, without a word to the others; `run` tells repetitions apart."""
     alone = World(Ranks(), world.device, world.backend, world.store, world.timeout, world.number)
     model = make_model(workload, seed).to(world.device)
     return _train(alone, workload, seed, model, model, Witness(model, run, seed, trouble, mark))
 
 
-def train_together(world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark) -> Run:
+def train_together(world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark) -> tuple[Run, Shares]:
     """Train on all ranks."""
     model = make_model(workload, seed).to(world.device)
     with waiting:
@@ -104,7 +135,7 @@ def make_points(workload: Workload, seed: int) -> tuple[Dataset, Dataset]:
 
 def _train(
     world: World, workload: Workload, seed: int, model: nn.Module, replica: nn.Module, witness: "Witness"
-) -> Run:
+) -> tuple[Run, Shares]:
     train_set, test_set = make_points(workload, seed)
     tally = LocalTally(world.device)
     training = Training(
@@ -137,7 +168,9 @@ def _train(
     sums, noted = witness.figures()
     owned = range(world.ranks.rank, workload.micro_batches, world.ranks.world_size)
     shares = {micro_batch: noted[number :: len(owned)] for number, micro_batch in enumerate(owned)}
-    return Run(_digest(model, witness.tallies, ended), sums, shares)
+    digest = _digest(model, witness.tallies, ended)
+    key = hashlib.sha256(repr((digest, sums, sorted(shares.items()))).encode()).hexdigest()
+    return Run(digest, sums, key), shares
 
 
 def _digest(model: nn.Module, tallies: Sequence[int], ended: str) -> str:
@@ -215,62 +248,15 @@ def _bits_of(gradient: Tensor) -> Tensor:
     return gradient.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
 
 
-# ---- what goes to rank 0
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A rank's account of its training alone."""
-
-    digest: str
-    key: str
-    sums: list[int]
-
-    @classmethod
-    def of(cls, run: Run) -> "Alone":
-        """The short form of `run`."""
-        return cls(run.digest, run.key, run.sums)
-
-
-@dataclass(frozen=True)
-class Together:
-    """A rank's account of the training together, held against its own training alone."""
-
-    digest: str
-    share: int | None
-    """The first step in which it computed another gradient than alone; None if there is none."""
-    sum: int | None
-    """The first step in which the summed gradient was another one than alone."""
-
-    @classmethod
-    def of(cls, run: Run, alone: Run) -> "Together":
-        """The steps in which `run` departs from `alone`."""
-        steps = [first_difference(share, alone.shares[number]) for number, share in run.shares.items()]
-        return cls(run.digest, earliest(steps), first_difference(run.sums, alone.sums))
-
-
-def first_difference(these: Sequence[int], those: Sequence[int]) -> int | None:
-    """The first position where two sequences differ, be it that one has ended; None for equal ones."""
-    for position in range(max(len(these), len(those))):
-        if these[position : position + 1] != those[position : position + 1]:
-            return position
-    return None
-
-
-def earliest(steps: Iterable[int | None]) -> int | None:
-    """The smallest number among `steps`; None if there is none."""
-    return min((step for step in steps if step is not None), default=None)
-
-
 # ---- the report
 
 
 def section(
     before: dict[str, Any] | None,
     fleet: Mapping[str, Sequence[int]],
-    alone: Sequence[Alone],
+    alone: Sequence[Run],
     together: Sequence[Together],
-    again: Mapping[int, Alone],
+    again: Mapping[int, Run],
     *,
     seed: int,
     wrong: bool,
@@ -299,7 +285,7 @@ def section(
 
 
 def _row(
-    kind: str, ranks: Sequence[int], alone: Sequence[Alone], together: Sequence[Together], *, mixed: bool
+    kind: str, ranks: Sequence[int], alone: Sequence[Run], together: Sequence[Together], *, mixed: bool
 ) -> dict[str, Any]:
     digest, agree = Counter(alone[rank].digest for rank in ranks).most_common(1)[0]
     final, agree_together = Counter(together[rank].digest for rank in ranks).most_common(1)[0]

@@ -35,24 +35,30 @@ class Report:
         self.sections: dict[str, Any] = {"settings": settings}
         """The entries of verify.json beside the findings: `inventory`, `kinds`, `collectives`, `speed`, `oracle`."""
 
-    @property
-    def failed(self) -> bool:
-        """Tell whether anything worse than a warning was found."""
-        return failed(self.findings)
-
     def close(self, *, complete: bool) -> int:
         """Write verify.json, print the report, and return the exit code."""
         findings = worst_first(merged(self.findings))
+        passed = complete and not failed(findings)
+        seconds = time.monotonic() - self._begun
         content = {
-            "passed": complete and not self.failed,
+            "passed": passed,
             "complete": complete,
             "job": self._title,
-            "seconds": round(time.monotonic() - self._begun, 3),
+            "seconds": round(seconds, 3),
             "findings": [asdict(finding) for finding in findings],
-        } | self.sections
-        write_atomically(self._path, json.dumps(content, indent=1).encode() + b"\n")
-        self._print(findings, complete=complete)
-        return 0 if complete and not self.failed else 1
+        }
+        write_atomically(self._path, json.dumps(content | self.sections, indent=1).encode() + b"\n")
+        if not complete:
+            verdict, style = "NOT COMPLETE: see the findings", "bold red"
+        elif not passed:
+            verdict, style = "FAILED: bits are wrong", "bold red"
+        else:
+            count = len(self.findings)  # warnings, all of them
+            verdict, style = f"PASSED with {count} warning{'s' * (count > 1)}" if count else "PASSED", "bold green"
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        self._print(console, findings)
+        console.print(f"\n{verdict}; {seconds:.1f} s; all figures in {self._path}", style=style, markup=False)
+        return 0 if passed else 1
 
     def end_round(self, minutes: float, *, last: bool) -> None:
         """Count a round; in a soak, say so: a line that is rewritten on a terminal, else one every thirty seconds."""
@@ -71,17 +77,11 @@ class Report:
             self._told = passed
             print(line, flush=True)
 
-    def _print(self, findings: Sequence[Finding], *, complete: bool) -> None:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    def _print(self, console: Console, findings: Sequence[Finding]) -> None:
         console.print(f"\nddp_circles.verify: {self._title}", style="bold", markup=False)
-        sections = self.sections
         for name, draw in DRAWINGS.items():
-            if name in sections:
-                draw(console, sections[name])
-        self._print_findings(console, findings)
-        self._print_verdict(console, complete=complete)
-
-    def _print_findings(self, console: Console, findings: Sequence[Finding]) -> None:
+            if name in self.sections:
+                draw(console, self.sections[name])
         if findings:
             console.print("\nFindings, worst first", style="bold")
         for number, finding in enumerate(findings, 1):
@@ -100,20 +100,6 @@ class Report:
             return f"rank {rank}"
         one = inventory[rank]
         return f"rank {rank} is on host {one['host']}, {one['device']}, {one['name']} {one['uuid']}".rstrip()
-
-    def _print_verdict(self, console: Console, *, complete: bool) -> None:
-        seconds = time.monotonic() - self._begun
-        warnings = sum(finding.severity == "warning" for finding in self.findings)
-        if not complete:
-            verdict, style = "NOT COMPLETE: see the findings", "bold red"
-        elif self.failed:
-            verdict, style = "FAILED: bits are wrong", "bold red"
-        else:
-            verdict, style = (
-                "PASSED" + (f" with {warnings} warning{'s' * (warnings > 1)}" if warnings else ""),
-                "bold green",
-            )
-        console.print(f"\n{verdict}; {seconds:.1f} s; all figures in {self._path}", style=style, markup=False)
 
 
 def _table(title: str, *columns: str) -> Table:

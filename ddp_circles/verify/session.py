@@ -26,8 +26,8 @@ from ddp_circles.verify import collectives, oracle, speed, verdict
 from ddp_circles.verify.board import Board
 from ddp_circles.verify.collectives import DTYPES, Case, Wrong
 from ddp_circles.verify.injection import Trouble
-from ddp_circles.verify.inventory import Inventory, kinds, take_inventory
-from ddp_circles.verify.oracle import Alone, Together
+from ddp_circles.verify.inventory import Inventory, ranks_by, take_inventory
+from ddp_circles.verify.oracle import Run, Together
 from ddp_circles.verify.report import Report
 from ddp_circles.verify.settings import Settings
 from ddp_circles.verify.speed import Timing
@@ -69,7 +69,7 @@ class Session:
         self._ranks = world.ranks
         self._size = world.ranks.world_size
         self._max_bytes = settings.max_bytes or (64 if world.backend == "nccl" else 4) * 2**20
-        self._board = Board(world.store, self._ranks.rank, self._size, (Wrong, Case, Timing, Alone, Together))
+        self._board = Board(world.store, self._ranks.rank, self._size, (Wrong, Case, Timing, Run, Together))
         self._report = Report(settings.out, world.describe(), asdict(settings) | {"out": str(settings.out)})
         self._sections = self._report.sections
         self._round = 0
@@ -83,13 +83,12 @@ class Session:
         deadline = time.monotonic() + 60 * self._settings.minutes
         workload = oracle.choose_workload(self._size, on_cuda=self._take_inventory())
         dtypes: list[str] = self._board.agree(collectives.supported(self._world), self._judge_dtypes)
-        probe = speed.Probe(self._world.device, self._trouble.work)
-        probe.measure()
+        seconds = self._time_computing()
         for self._round in count():
             seed = (self._settings.seed + self._round) % 2**32
             self._check_collectives(dtypes, seed)
             if self._round == 0:
-                self._measure_speed(probe)
+                self._measure_speed(seconds)
             self._train(workload, seed)
             if not self._board.agree(None, partial(self._judge_time, deadline)):
                 break
@@ -141,7 +140,7 @@ class Session:
     def _judge_inventory(self, found: Sequence[tuple[str, Inventory]]) -> tuple[str, bool]:
         everyone = [inventory for _, inventory in found]
         self._report.findings += verdict.judge_inventory(everyone)
-        self._sections |= {"inventory": everyone, "kinds": kinds(everyone)}
+        self._sections |= {"inventory": everyone, "kinds": ranks_by([one["kind"] for one in everyone])}
         return found[0][0], all(inventory["device"].startswith("cuda") for inventory in everyone)
 
     # ---- collectives
@@ -169,11 +168,14 @@ class Session:
 
     # ---- speed
 
-    def _measure_speed(self, probe: speed.Probe) -> None:
-        probe.measure()
+    def _time_computing(self) -> float:
+        return speed.time_computing(self._world.device, self._trouble.work)
+
+    def _measure_speed(self, seconds: float) -> None:
+        """Time the collectives, and before and after this rank's own computing, which has taken `seconds` so far."""
+        seconds = min(seconds, self._time_computing())
         timings = speed.measure(self._world, self._max_bytes, self._mark)
-        probe.measure()
-        self._board.agree((probe.seconds, timings), self._judge_speed)
+        self._board.agree((min(seconds, self._time_computing()), timings), self._judge_speed)
 
     def _judge_speed(self, found: Sequence[tuple[float, list[Timing]]]) -> None:
         seconds, timings = zip(*found, strict=True)
@@ -185,17 +187,17 @@ class Session:
 
     def _train(self, workload: oracle.Workload, seed: int) -> None:
         train_alone = partial(oracle.train_alone, self._world, workload, seed, self._trouble, self._mark)
-        run = train_alone("alone")
-        alone = Alone.of(run)
-        together = Together.of(oracle.train_together(self._world, workload, seed, self._trouble, self._mark), run)
+        alone, shares_alone = train_alone("alone")
+        run, shares = oracle.train_together(self._world, workload, seed, self._trouble, self._mark)
+        together = oracle.compare(run, shares, alone, shares_alone)
         repeat = self._board.agree(alone, self._judge_repetition)
-        again = Alone.of(train_alone("alone again")) if self._ranks.rank in repeat else None
+        again = train_alone("alone again")[0] if self._ranks.rank in repeat else None
         self._board.agree((alone, together, again), partial(self._judge_trainings, seed))
 
-    def _judge_repetition(self, alone: Sequence[Alone]) -> list[int]:
+    def _judge_repetition(self, alone: Sequence[Run]) -> list[int]:
         return verdict.ranks_to_repeat(self._sections["kinds"].values(), alone)
 
-    def _judge_trainings(self, seed: int, found: Sequence[tuple[Alone, Together, Alone | None]]) -> None:
+    def _judge_trainings(self, seed: int, found: Sequence[tuple[Run, Together, Run | None]]) -> None:
         alone, together = [one for one, _, _ in found], [one for _, one, _ in found]
         again = {rank: one for rank, (_, _, one) in enumerate(found) if one is not None}
         fleet = self._sections["kinds"]

@@ -1,4 +1,4 @@
-"""How fast the collectives are, in nccl-tests' terms, and how fast each rank computes.
+"""The speed of the collectives, in nccl-tests' terms, and of each rank's own computing.
 
 Of n ranks: the algorithm bandwidth is S / t, where S is the size of the buffer in bytes (of an all-gather: of the
 result) and t the time of one call; the bus bandwidth is that times 2(n-1)/n for an all-reduce, (n-1)/n for an
@@ -12,7 +12,7 @@ so that a loaded machine does not look like a slow one.
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,39 +75,33 @@ def _repeat(operation: str, buffer: Tensor, world: World) -> list[float]:
     return seconds
 
 
-class Probe:
-    """A fixed computation of this rank's own, and the shortest time that it took."""
+def time_computing(device: torch.device, work: int) -> float:
+    """The seconds of a fixed computation of this rank's own, done `work` times; the shortest of thirty tries."""
+    side = 2048 if device.type == "cuda" else 192
+    matrix = torch.full((side, side), 1.0 / side, device=device)
+    product = torch.empty_like(matrix)
 
-    def __init__(self, device: torch.device, work: int) -> None:
-        self._device = device
-        self._work = work
-        side = 2048 if device.type == "cuda" else 192
-        self._matrix = torch.full((side, side), 1.0 / side, device=device)
-        self._product = torch.empty_like(self._matrix)
-        self.seconds = float("inf")
-        """The shortest time so far."""
+    def compute() -> None:
+        for _ in range(2 * work):
+            torch.mm(matrix, matrix, out=product)
 
-    def measure(self) -> None:
-        """Run the computation thirty times."""
-        timed = self._on_cuda if self._device.type == "cuda" else self._on_cpu
-        self.seconds = min(self.seconds, *(timed() for _ in range(30)))
+    timed = _on_cuda if device.type == "cuda" else _on_cpu
+    return min(timed(compute) for _ in range(30))
 
-    def _compute(self) -> None:
-        for _ in range(2 * self._work):
-            torch.mm(self._matrix, self._matrix, out=self._product)
 
-    def _on_cpu(self) -> float:
-        begun = time.thread_time()
-        self._compute()
-        return time.thread_time() - begun
+def _on_cpu(compute: Callable[[], None]) -> float:
+    begun = time.thread_time()
+    compute()
+    return time.thread_time() - begun
 
-    def _on_cuda(self) -> float:
-        begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begun.record()
-        self._compute()
-        ended.record()
-        ended.synchronize()
-        return float(begun.elapsed_time(ended)) / 1000
+
+def _on_cuda(compute: Callable[[], None]) -> float:
+    begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begun.record()
+    compute()
+    ended.record()
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1000
 
 
 def deviation(values: Sequence[float], middle: float) -> float:

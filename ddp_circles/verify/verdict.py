@@ -12,7 +12,7 @@ from dataclasses import replace
 from ddp_circles.verify.collectives import ADDENDS, MOVING, Case, Wrong
 from ddp_circles.verify.findings import Finding, spell_ranks
 from ddp_circles.verify.inventory import Inventory, ranks_by
-from ddp_circles.verify.oracle import Alone, Together, earliest, first_difference
+from ddp_circles.verify.oracle import Run, Together, earliest, first_difference
 from ddp_circles.verify.speed import deviation
 
 DEVIATIONS = 5.0
@@ -187,23 +187,24 @@ def majority(keys: Sequence[str]) -> str | None:
     return key if 2 * count > len(keys) else None
 
 
-def ranks_to_repeat(kinds: Iterable[Sequence[int]], alone: Sequence[Alone]) -> list[int]:
+def ranks_to_repeat(kinds: Iterable[Sequence[int]], alone: Sequence[Run]) -> list[int]:
     """The ranks that train alone again: kinds that disagree, and single ranks, which have nobody else to agree with."""
     return [rank for kind in kinds if len(kind) == 1 or len({alone[rank].key for rank in kind}) > 1 for rank in kind]
 
 
 def judge_trainings(
-    kinds: Sequence[Sequence[int]], alone: Sequence[Alone], together: Sequence[Together], again: Mapping[int, Alone]
+    kinds: Sequence[Sequence[int]], alone: Sequence[Run], together: Sequence[Together], again: Mapping[int, Run]
 ) -> list[Finding]:
     """Everything that one round of trainings shows; `again`: those alone that were repeated."""
     findings = []
     for kind in kinds:
-        findings += _judge_alone(kind, alone, again)
-        findings += _judge_together(kind, alone, together, mixed=len(kinds) > 1)
+        findings += judge_alone(kind, alone, again)
+        findings += judge_together(kind, alone, together, mixed=len(kinds) > 1)
     return findings
 
 
-def _judge_alone(kind: Sequence[int], alone: Sequence[Alone], again: Mapping[int, Alone]) -> list[Finding]:
+def judge_alone(kind: Sequence[int], alone: Sequence[Run], again: Mapping[int, Run]) -> list[Finding]:
+    """Judge the trainings alone of one kind, by majority and by what was repeated."""
     usual = majority([alone[rank].key for rank in kind])
     unsteady = [rank for rank in kind if rank in again and again[rank].key != alone[rank].key]
     outvoted = [rank for rank in kind if usual is not None and alone[rank].key != usual]
@@ -235,8 +236,8 @@ def _judge_alone(kind: Sequence[int], alone: Sequence[Alone], again: Mapping[int
     return findings
 
 
-def _judge_together(
-    ranks: Sequence[int], alone: Sequence[Alone], together: Sequence[Together], *, mixed: bool
+def judge_together(
+    ranks: Sequence[int], alone: Sequence[Run], together: Sequence[Together], *, mixed: bool
 ) -> list[Finding]:
     """Judge one kind; in a `mixed` fleet, the training together is not held against those alone."""
     if not mixed:
@@ -255,7 +256,7 @@ def _judge_together(
     return []
 
 
-def _judge_step(step: int, ranks: Sequence[int], alone: Sequence[Alone], together: Sequence[Together]) -> list[Finding]:
+def _judge_step(step: int, ranks: Sequence[int], alone: Sequence[Run], together: Sequence[Together]) -> list[Finding]:
     """Judge the first `step` in which something departs from the trainings alone."""
     computed = [rank for rank in ranks if together[rank].share == step]
     received = tuple(rank for rank in ranks if together[rank].sum == step)
@@ -285,7 +286,7 @@ def _wrong_together(ranks: tuple[int, ...], what: str, advice: str) -> Finding:
     return Finding("wrong", "training together", ranks, f"trained together, {what}", advice)
 
 
-def _from_step(one: Alone, other: Alone) -> str:
+def _from_step(one: Run, other: Run) -> str:
     step = first_difference(one.sums, other.sums)
     return "in its gradients, which rounding then hid" if step is None else f"from step {step} on"
 

@@ -1,106 +1,232 @@
-"""The verifier over several ranks: faults on order, real ones, and none; who is named, and how soon all is over.
+"""The verifier over several ranks: faults on request, real ones, and none; who is named, and how soon all is over.
 
-The long form, with 20 tries for each kind of fault and 50 clean runs: `bash launch/test.sh -m long tests/ranks -s`
+Most of it is rehearsed by few ranks, one verification after the other. The long form, with 20 tries for each kind of
+fault and 50 clean runs: `bash launch/test.sh -m long tests/ranks -s`
 """
 
 import functools
 import gc
+import itertools
 import json
+import math
 import os
 import random
+import re
 import signal
-import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
-from ddp_circles.verify import LAST_WORDS_SECONDS
-from tests.harness.ranks import LAUNCHER_VARIABLES, Job, Outcome
+from ddp_circles import cli, loop
+from ddp_circles.models import loss_sum
+from ddp_circles.verify import oracle, session, speed
+from ddp_circles.verify.__main__ import main
+from ddp_circles.verify.injection import PHASES, STEPS, Trouble
+from tests.harness.ranks import LAUNCHER_VARIABLES, Job, Outcome, free_port
 
 SMALL = ("--device=cpu", "--max-bytes=16384")
-KINDS = ("flip", "slow", "wrong", "die")
 TRIES, CLEAN_RUNS = 20, 50
 
 
 def verify(*flags: object) -> None:
     """Run the verifier's command line in this rank; where rank 0 refuses, the others do not wait long."""
-    import sys
-
-    from ddp_circles import cli
-
     cli.RANK_0_SPEAKS_SECONDS = 0.1
     sys.argv = ["verify", *map(str, flags)]
-    module.main()
-
-
-def run(size: int, folder: Path, *flags: object, function: Callable[..., None] = verify) -> list[Outcome]:
-    """How each rank ends."""
-    with Job(function, size, "--out", folder / "verify.json", *SMALL, *flags) as job:
-        return job.wait(100)
+    main()
 
 
 def report(folder: Path) -> dict[str, Any]:
-    """What verify.json says."""
+    """The content of verify.json."""
     content: dict[str, Any] = json.loads((folder / "verify.json").read_text())
     return content
 
 
-def check(kind: str, victim: int, outcomes: list[Outcome], folder: Path) -> None:
+# ---- several verifications by the same ranks
+
+
+@contextmanager
+def lasting_fault(*victims: int) -> Iterator[None]:
+    """Some ranks compute their losses wrong, always in the same way."""
+
+    def spoiled(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return loss_sum(logits, targets) * (1 + 2.0**-20)
+
+    with patch.object(oracle, "loss_sum", spoiled if int(os.environ["RANK"]) in victims else loss_sum):
+        yield
+
+
+@contextmanager
+def wrong_addition() -> Iterator[None]:
+    """Large sums of float32 come out wrong on all ranks, though every rank sends what it should."""
+    original = distributed.all_reduce
+
+    def all_reduce(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        work = original(tensor, *arguments, **options)
+        if tensor.dtype == torch.float32 and tensor.numel() == 4095:
+            tensor[17] += 1
+        return work
+
+    with patch.object(distributed, "all_reduce", all_reduce):
+        yield
+
+
+@contextmanager
+def mixed_fleet() -> Iterator[None]:
+    """Rank 2 is of another kind, and rounds otherwise."""
+    other = {"MKL_CBWR": "COMPATIBLE"} if os.environ["RANK"] == "2" else {}
+    with lasting_fault(2), patch.dict(os.environ, other):
+        yield
+
+
+@contextmanager
+def no_launcher() -> Iterator[None]:
+    """This process knows of no launcher."""
+    with patch.dict(os.environ):
+        for name in list(os.environ):
+            if name.startswith((*LAUNCHER_VARIABLES, "LOCAL_")):
+                del os.environ[name]
+        yield
+
+
+@contextmanager
+def three_rounds() -> Iterator[None]:
+    """The time is over after the third round."""
+    original = session.Session._judge_time
+
+    def judge_time(self: session.Session, _: float, found: object) -> bool:
+        return original(self, math.inf if self._round < 2 else 0.0, found)
+
+    with patch.object(session.Session, "_judge_time", judge_time):
+        yield
+
+
+class Plan(NamedTuple):
+    """One verification: its flags, and what is wrong meanwhile."""
+
+    flags: tuple[str, ...] = ()
+    trouble: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+PLANS: dict[int, dict[str, Plan]] = {
+    1: {
+        "clean": Plan(("--seed=5",)),
+        "plain": Plan(trouble=no_launcher),
+        "flip@0": Plan(("--inject=flip@0", "--seed=1")),
+        "wrong@0": Plan(("--inject=wrong@0", "--seed=1")),
+    },
+    2: {
+        "clean": Plan(("--seed=6",)),
+        "flip@1": Plan(("--inject=flip@1", "--seed=2")),
+        "wrong@1": Plan(("--inject=wrong@1", "--seed=1")),
+        "slow@1": Plan(("--inject=slow@1", "--seed=1")),
+        "lasting": Plan(trouble=functools.partial(lasting_fault, 1)),
+        "soak": Plan(("--minutes=1", "--inject=wrong@1"), three_rounds),
+    },
+    3: {
+        "clean": Plan(("--seed=5",)),
+        "wrong@0": Plan(("--inject=wrong@0", "--seed=2")),
+        "slow@2": Plan(("--inject=slow@2", "--seed=2")),
+        "lasting": Plan(trouble=functools.partial(lasting_fault, 2)),
+        "addition": Plan(trouble=wrong_addition),
+        "mixed": Plan(trouble=mixed_fleet),
+        "no such rank": Plan(("--inject=flip@3",)),
+        "no such folder": Plan(("--out=/nowhere/verify.json",)),
+        "no such flag": Plan(("--max-byte=3",)),
+        "no such backend": Plan(("--backend=nccl",)),
+    },
+    4: {
+        "clean": Plan(),
+        "flip@3": Plan(("--inject=flip@3", "--seed=3")),
+        "wrong@2": Plan(("--inject=wrong@2", "--seed=3")),
+    },
+}
+
+
+class Ended(NamedTuple):
+    """One verification's end on all ranks."""
+
+    codes: list[int]
+    outputs: list[str]
+    folder: Path
+
+
+def verify_each(folder: Path, plans: dict[str, Plan]) -> list[tuple[int, int]]:
+    """Run one verification after the other; returns exit codes, and how many replicas of the model each left."""
+    results = []
+    for name, plan in plans.items():
+        print(f"== {name}", flush=True)
+        with plan.trouble(), pytest.raises(SystemExit) as leaving:
+            verify("--out", folder / name / "verify.json", *SMALL, *plan.flags)
+        gc.collect()
+        left = sum(type(held) is DistributedDataParallel for held in gc.get_objects())
+        results.append((int(leaving.value.code or 0), left))
+    return results
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Ended]:
+    """The end of a planned verification; the first call for a number of ranks runs all its plans."""
+
+    @functools.cache
+    def run(size: int) -> dict[str, Ended]:
+        folder = tmp_path_factory.mktemp(f"{size}")
+        for name in PLANS[size]:
+            (folder / name).mkdir()
+        with Job(verify_each, size, folder, PLANS[size]) as job:
+            outcomes = job.wait(200)
+        assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
+        assert {left for outcome in outcomes for _, left in outcome.value} == {0}
+        spoken = [re.split(r"^== .*\n", outcome.output, flags=re.MULTILINE)[1:] for outcome in outcomes]
+        return {
+            name: Ended(
+                [outcome.value[number][0] for outcome in outcomes],
+                [of_rank[number] for of_rank in spoken],
+                folder / name,
+            )
+            for number, name in enumerate(PLANS[size])
+        }
+
+    return lambda size, name: run(size)[name]
+
+
+def check(kind: str, victim: int, codes: list[int], output: str, folder: Path) -> None:
     """The fault was found, the right rank is named, and no other."""
-    told = "\n".join(outcome.output for outcome in outcomes)
-    survivors = [outcome for outcome in outcomes if kind != "die" or outcome.rank != victim]
-    assert {outcome.code for outcome in survivors} == {0 if kind == "slow" else 1}, told
-    if kind == "die":
-        assert outcomes[victim].code == -signal.SIGKILL
-        assert all(f"missing: rank {victim} " in outcome.output for outcome in survivors), told
-        if victim == 0:
-            assert not (folder / "verify.json").exists()
-            return
+    assert set(codes) == {0 if kind == "slow" else 1}, output
     content = report(folder)
-    assert content["complete"] == (kind != "die")
+    assert content["complete"] == (kind != "kill")
     assert content["passed"] == (kind == "slow")
-    severity = {"die": "missing", "slow": "warning"}.get(kind, "wrong")
-    assert content["findings"], told
-    assert {(finding["severity"], *finding["ranks"]) for finding in content["findings"]} == {(severity, victim)}, told
-    checks = {"flip": ("training",), "wrong": ("collectives",), "slow": ("speed",), "die": ("ranks",)}[kind]
+    severity = {"kill": "missing", "slow": "warning"}.get(kind, "wrong")
+    assert content["findings"], output
+    assert {(finding["severity"], *finding["ranks"]) for finding in content["findings"]} == {(severity, victim)}, output
+    checks = {"flip": "training", "wrong": "collectives", "slow": "speed", "kill": "ranks"}[kind]
     assert all(finding["check"].startswith(checks) for finding in content["findings"])
 
 
-def rehearse(kind: str, size: int, victim: int, seed: int, folder: Path) -> None:
-    """Order a fault and look whether it is found."""
-    folder.mkdir(exist_ok=True)
-    check(kind, victim, run(size, folder, f"--inject={kind}@{victim}", "--seed", seed), folder)
-
-
 @pytest.mark.parametrize(
-    ("kind", "size", "victim", "seed"),
-    [
-        ("flip", 2, 1, 2),
-        ("flip", 4, 3, 3),
-        ("wrong", 2, 1, 1),
-        ("wrong", 3, 0, 2),
-        ("wrong", 4, 2, 3),
-        ("slow", 2, 1, 1),
-        ("slow", 3, 2, 2),
-        ("die", 3, 1, 1),
-        ("die", 2, 0, 2),
-    ],
+    ("size", "name"), [(size, name) for size, plans in PLANS.items() for name in plans if "@" in name]
 )
-def test_an_ordered_fault_is_found_and_the_right_rank_named(
-    kind: str, size: int, victim: int, seed: int, tmp_path: Path
+def test_a_rehearsed_fault_is_found_and_the_right_rank_named(
+    size: int, name: str, ended: Callable[[int, str], Ended]
 ) -> None:
-    rehearse(kind, size, victim, seed, tmp_path)
+    kind, victim = name.split("@")
+    codes, outputs, folder = ended(size, name)
+    check(kind, int(victim), codes, outputs[0], folder)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_clean_run_passes(size: int, tmp_path: Path) -> None:
-    outcomes = run(size, tmp_path)
-    assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
-    content = report(tmp_path)
+@pytest.mark.parametrize("size", PLANS)
+def test_a_clean_run_passes(size: int, ended: Callable[[int, str], Ended]) -> None:
+    codes, outputs, folder = ended(size, "clean")
+    assert codes == [0] * size, outputs[0]
+    content = report(folder)
     assert (content["passed"], content["complete"], content["findings"]) == (True, True, [])
     assert [len(content["inventory"]), len(content["speed"]["compute"]["seconds"])] == [size, size]
     assert {row["operation"]: row["wrong"] for row in content["collectives"]["operations"]} == {
@@ -108,96 +234,151 @@ def test_a_clean_run_passes(size: int, tmp_path: Path) -> None:
     }  # fmt: skip
     (kind,) = content["oracle"]["kinds"]
     assert (kind["alone"], kind["together"]) == (f"{size} of {size} agree", f"{size} of {size} agree, as alone")
-    assert "PASSED" in outcomes[0].output
-    assert all(outcome.output == "" for outcome in outcomes[1:])
+    assert "PASSED" in outputs[0]
+    assert all(output == "" for output in outputs[1:])
 
 
-def verify_plainly(*flags: object) -> None:
-    """Run the verifier in a process that knows of no launcher."""
-    for name in list(os.environ):
-        if name.startswith((*LAUNCHER_VARIABLES, "LOCAL_")):
-            del os.environ[name]
-    verify(*flags)
-
-
-def test_one_plain_process_says_what_it_cannot_see(tmp_path: Path) -> None:
-    (outcome,) = run(1, tmp_path, function=verify_plainly)
-    assert outcome.code == 0, outcome.output
-    content = report(tmp_path)
+def test_one_plain_process_says_what_it_cannot_see(ended: Callable[[int, str], Ended]) -> None:
+    codes, outputs, folder = ended(1, "plain")
+    assert codes == [0], outputs[0]
+    content = report(folder)
     assert (content["passed"], content["job"]) == (True, "1 rank (one process), cpu, gloo")
     assert list(content["oracle"]["told"][0]["again"]) == ["0"]
-    assert "A fault that repeats to the bit is not seen" in " ".join(outcome.output.split())
+    assert "A fault that repeats to the bit is not seen" in " ".join(outputs[0].split())
 
 
-@pytest.mark.parametrize("kind", ["flip", "wrong"])
-def test_one_rank_finds_its_own_faults_by_itself(kind: str, tmp_path: Path) -> None:
-    rehearse(kind, 1, 0, 1, tmp_path)
-
-
-def test_the_digest_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    digests = []
-    for size, seed in ((1, 5), (3, 5), (2, 6)):
-        (folder := tmp_path / f"{size}").mkdir()
-        run(size, folder, "--seed", seed)
-        digests.append(report(folder)["oracle"]["kinds"][0]["digest"])
+def test_the_digest_depends_on_the_seed_alone(ended: Callable[[int, str], Ended]) -> None:
+    digests = [report(ended(size, "clean").folder)["oracle"]["kinds"][0]["digest"] for size in (1, 3, 2)]
     assert digests[0] == digests[1] != digests[2]
 
 
-def verify_and_count_replicas(*flags: object) -> None:
-    """Print how many replicas of the model are still there at the end."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    try:
-        verify(*flags)
-    finally:
-        gc.collect()
-        print(f"{sum(type(left) is DistributedDataParallel for left in gc.get_objects())} replicas left")
+def test_a_soak_counts_its_rounds_and_what_was_wrong_in_them(ended: Callable[[int, str], Ended]) -> None:
+    codes, outputs, folder = ended(2, "soak")
+    assert codes == [1, 1]
+    content = report(folder)
+    assert (content["oracle"]["rounds"], content["oracle"]["failed_rounds"]) == (3, 0)
+    assert [[finding["ranks"], finding["times"]] for finding in content["findings"]] == [[[1], 3]]
+    assert "round 3: 0 clean, 3 not, " in outputs[0]
 
 
-def test_a_soak_counts_its_rounds_and_what_was_wrong_in_them(tmp_path: Path) -> None:
-    outcomes = run(2, tmp_path, "--minutes=0.05", "--inject=wrong@1", function=verify_and_count_replicas)
-    assert "\n0 replicas left\n" in f"\n{outcomes[1].output}"
-    assert [outcome.code for outcome in outcomes] == [1, 1]
-    content = report(tmp_path)
-    rounds = content["oracle"]["rounds"]
-    assert rounds > 1
-    assert content["oracle"]["failed_rounds"] == 0
-    assert [[finding["ranks"], finding["times"]] for finding in content["findings"]] == [[[1], rounds]]
-    assert f"round {rounds}: 0 clean, {rounds} not, " in outcomes[0].output
+# ---- faults that nobody ordered
+
+
+def test_a_lasting_fault_is_told_from_a_passing_one(ended: Callable[[int, str], Ended]) -> None:
+    codes, _, folder = ended(3, "lasting")
+    assert codes == [1] * 3
+    (finding,) = report(folder)["findings"]
+    assert (finding["check"], finding["ranks"]) == ("training alone", [2])
+    assert "a lasting fault" in finding["what"]
+
+
+def test_two_ranks_cannot_tell_whose_a_lasting_fault_is(ended: Callable[[int, str], Ended]) -> None:
+    codes, _, folder = ended(2, "lasting")
+    assert codes == [1] * 2
+    (finding,) = report(folder)["findings"]
+    assert finding["ranks"] == []
+    assert "it cannot be said which of them is wrong" in finding["what"]
+    assert finding["advice"].startswith("verify again with more ranks")
+
+
+def test_where_the_addition_itself_is_wrong_no_rank_is_accused(ended: Callable[[int, str], Ended]) -> None:
+    codes, _, folder = ended(3, "addition")
+    assert codes == [1] * 3
+    (finding,) = report(folder)["findings"]
+    assert (finding["check"], finding["ranks"]) == ("collectives", [])
+    assert "of 4095 float32" in finding["what"]
+    assert "rank 0 at offset 17 expected" in finding["what"]
+
+
+def test_a_mixed_fleet_is_compared_within_each_kind_and_says_so(ended: Callable[[int, str], Ended]) -> None:
+    codes, outputs, folder = ended(3, "mixed")
+    assert codes == [0] * 3, outputs[0]
+    content = report(folder)
+    assert [finding["severity"] for finding in content["findings"]] == ["warning"]
+    assert content["findings"][0]["what"] == "mkl cbwr differs: none on ranks 0-1; COMPATIBLE on rank 2"
+    assert [kind["ranks"] for kind in content["oracle"]["kinds"]] == [[0, 1], [2]]
+    assert "compared within each kind, and" in " ".join(outputs[0].split())
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no such rank", "--inject names rank 3"),
+        ("no such folder", "--out /nowhere/verify.json cannot be written"),
+        ("no such flag", "--max-byte"),
+        ("no such backend", "--backend nccl"),
+    ],
+)
+def test_bad_input_is_said_once_and_ends_with_2(name: str, message: str, ended: Callable[[int, str], Ended]) -> None:
+    codes, outputs, _ = ended(3, name)
+    assert codes == [2, 2, 2]
+    assert message in outputs[0]
+    assert outputs[1:] == ["", ""]
+    assert "Traceback" not in outputs[0]
 
 
 # ---- ranks that fall silent
 
 
-def wait_for(job: Job, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def verify_impatiently(patience: float, *flags: object) -> None:
+    """Of a timeout of 20 seconds, wait for `patience` only."""
+    session.LAST_WORDS_SECONDS = 20 - patience
+    verify("--timeout=20", *flags)
 
 
-def verify_and_tell(folder: Path, patience: float, *flags: object) -> None:
-    """Leave a file when the checks have begun; of a timeout of 20 seconds, wait for `patience`."""
-    from ddp_circles.verify import __main__ as module
-    from ddp_circles.verify import speed
-
-    module.LAST_WORDS_SECONDS = 20 - patience
+def verify_and_tell(folder: Path, patience: float) -> None:
+    """Leave a file when the checks have begun."""
     original = speed.measure
 
     def measure(*arguments: Any) -> Any:
         (folder / f"rank{os.environ['RANK']}").touch()
         return original(*arguments)
 
-    setattr(speed, "measure", measure)  # noqa: B010 - a plain assignment has another type
-    verify(*flags)
+    with patch.object(speed, "measure", measure):
+        verify_impatiently(patience, "--out", folder / "verify.json", *SMALL, "--minutes=1")
+
+
+def wait_for(job: Job, *files: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, job.output(0)
+        time.sleep(0.02)
+
+
+def run(size: int, folder: Path, *flags: object) -> list[Outcome]:
+    """Verify with ranks of its own; returns how each ends."""
+    with Job(verify, size, "--out", folder / "verify.json", *SMALL, *flags) as job:
+        return job.wait(100)
+
+
+def rehearse_kill(size: int, victim: int, seed: int, folder: Path) -> None:
+    """Order a rank's death and look whether it is named."""
+    outcomes = run(size, folder, f"--inject=kill@{victim}", "--seed", seed)
+    assert outcomes[victim].code == -signal.SIGKILL
+    survivors = [outcome for outcome in outcomes if outcome.rank != victim]
+    for outcome in survivors:
+        assert f"missing: rank {victim} (host " in outcome.output
+    if victim == 0:
+        assert {outcome.code for outcome in survivors} == {1}
+        assert not (folder / "verify.json").exists()
+    else:
+        codes = [outcome.code or 0 for outcome in survivors]
+        check("kill", victim, codes, survivors[0].output, folder)
+
+
+@pytest.mark.parametrize(("size", "victim", "seed"), [(3, 1, 1), (2, 0, 2)])
+def test_a_rank_that_dies_is_named(size: int, victim: int, seed: int, tmp_path: Path) -> None:
+    rehearse_kill(size, victim, seed, tmp_path)
 
 
 @pytest.mark.parametrize("patience", [3, pytest.param(10, marks=pytest.mark.long)])
 def test_a_frozen_rank_is_named_and_the_others_end_within_the_timeout(patience: float, tmp_path: Path) -> None:
     frozen, timeout = 1, 20
-    flags = ("--out", tmp_path / "verify.json", "--device=cpu", f"--timeout={timeout}", "--minutes=1")
-    with Job(verify_and_tell, 3, tmp_path, patience, *flags) as job:
-        wait_for(job, (tmp_path / f"rank{frozen}").exists)
+    with Job(verify_and_tell, 3, tmp_path, patience) as job:
+        wait_for(job, tmp_path / f"rank{frozen}")
         job.signal(signal.SIGSTOP, frozen)
         begun = time.monotonic()
         for rank in (0, 2):
@@ -212,15 +393,11 @@ def test_a_frozen_rank_is_named_and_the_others_end_within_the_timeout(patience: 
     assert (finding["severity"], finding["ranks"]) == ("missing", [frozen])
 
 
-@pytest.mark.long
+@pytest.mark.thorough
 def test_a_frozen_rank_that_holds_the_store_is_named_too(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
-    flags = ("--out", tmp_path / "verify.json", "--device=cpu", "--timeout=20", "--minutes=1")
-    with Job(verify_and_tell, 3, tmp_path, 3, *flags, environment=environment) as job:
-        wait_for(job, (tmp_path / "rank0").exists)
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
+    with Job(verify_and_tell, 3, tmp_path, 3, environment=environment) as job:
+        wait_for(job, tmp_path / "rank0")
         job.signal(signal.SIGSTOP, 0)
         begun = time.monotonic()
         for rank in (1, 2):
@@ -233,26 +410,9 @@ def test_a_frozen_rank_that_holds_the_store_is_named_too(tmp_path: Path) -> None
         assert "missing: rank 0, which holds the job's store and does not answer" in outcomes[rank].output
 
 
-def verify_impatiently(*flags: object) -> None:
-    """Wait for three seconds only."""
-    from ddp_circles.verify import __main__ as module
-
-    module.LAST_WORDS_SECONDS = 17.0
-    verify(*flags)
-
-
-def test_a_rank_that_hangs_in_its_own_code_says_where(tmp_path: Path) -> None:
-    outcomes = run(3, tmp_path, "--inject=hang@2", "--timeout=20", function=verify_impatiently)
-    assert {outcome.code for outcome in outcomes} == {1}
-    (finding,) = report(tmp_path)["findings"]
-    assert (finding["severity"], finding["ranks"]) == ("missing", [2])
-    assert "hangs in _strike (injection.py, line " in finding["what"]
-
-
 def test_a_request_to_stop_ends_all_ranks_with_a_report(tmp_path: Path) -> None:
-    flags = ("--out", tmp_path / "verify.json", *SMALL, "--minutes=5")
-    with Job(verify_and_tell, 2, tmp_path, 20 - LAST_WORDS_SECONDS, *flags) as job:
-        wait_for(job, lambda: all((tmp_path / f"rank{rank}").exists() for rank in range(2)))
+    with Job(verify_and_tell, 2, tmp_path, 10) as job:
+        wait_for(job, *(tmp_path / f"rank{rank}" for rank in range(2)))
         job.signal(signal.SIGTERM)
         outcomes = job.wait(30)
     assert [outcome.code for outcome in outcomes] == [1, 1]
@@ -262,101 +422,64 @@ def test_a_request_to_stop_ends_all_ranks_with_a_report(tmp_path: Path) -> None:
     assert [finding["ranks"] for finding in content["findings"]] == [[]]
 
 
-# ---- faults that nobody ordered
+def verify_with_a_patient_victim(victim: int, *flags: object) -> None:
+    """The rank that hangs speaks last, so that any other that accuses itself is first."""
+    verify_impatiently(5 if os.environ["RANK"] == str(victim) else 3, *flags)
 
 
-def verify_with_a_lasting_fault(victim: int, *flags: object) -> None:
-    """One rank computes its losses wrong, always in the same way."""
-    from ddp_circles.models import loss_sum as original
-    from ddp_circles.verify import oracle
-
-    def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return original(logits, targets) * (1 + 2.0**-20)
-
-    if os.environ["RANK"] == str(victim):
-        setattr(oracle, "loss_sum", loss_sum)  # noqa: B010 - a plain assignment has another type
-    verify(*flags)
-
-
-def test_a_lasting_fault_is_told_from_a_passing_one(tmp_path: Path) -> None:
-    outcomes = run(3, tmp_path, function=functools.partial(verify_with_a_lasting_fault, 2))
-    assert {outcome.code for outcome in outcomes} == {1}
-    (finding,) = report(tmp_path)["findings"]
-    assert (finding["check"], finding["ranks"]) == ("training alone", [2])
-    assert "a lasting fault" in finding["what"]
-
-
-def test_two_ranks_cannot_tell_whose_a_lasting_fault_is(tmp_path: Path) -> None:
-    outcomes = run(2, tmp_path, function=functools.partial(verify_with_a_lasting_fault, 1))
-    assert {outcome.code for outcome in outcomes} == {1}
-    (finding,) = report(tmp_path)["findings"]
-    assert finding["ranks"] == []
-    assert "it cannot be said which of them is wrong" in finding["what"]
-    assert finding["advice"].startswith("verify again with more ranks")
-
-
-def verify_with_a_wrong_addition(*flags: object) -> None:
-    """Large sums of float32 come out wrong on all ranks, though every rank sends what it should."""
-    from torch import distributed
-
-    original = distributed.all_reduce
-
-    def all_reduce(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        work = original(tensor, *arguments, **options)
-        if tensor.dtype == torch.float32 and tensor.numel() == 4095:
-            tensor[17] += 1
-        return work
-
-    setattr(distributed, "all_reduce", all_reduce)  # noqa: B010 - a plain assignment has another type
-    verify(*flags)
-
-
-def test_where_the_addition_itself_is_wrong_no_rank_is_accused(tmp_path: Path) -> None:
-    outcomes = run(3, tmp_path, function=verify_with_a_wrong_addition)
-    assert {outcome.code for outcome in outcomes} == {1}
-    (finding,) = report(tmp_path)["findings"]
-    assert (finding["check"], finding["ranks"]) == ("collectives", [])
-    assert "of 4095 float32" in finding["what"]
-    assert "rank 0 at offset 17 expected" in finding["what"]
-
-
-def verify_as_a_mixed_fleet(*flags: object) -> None:
-    """The last rank is of another kind, and rounds otherwise."""
-    if os.environ["RANK"] == "2":
-        os.environ["MKL_CBWR"] = "COMPATIBLE"
-        verify_with_a_lasting_fault(2, *flags)
-    verify(*flags)
-
-
-def test_a_mixed_fleet_is_compared_within_each_kind_and_says_so(tmp_path: Path) -> None:
-    outcomes = run(3, tmp_path, function=verify_as_a_mixed_fleet)
-    assert {outcome.code for outcome in outcomes} == {0}, outcomes[0].output
-    content = report(tmp_path)
-    assert [finding["severity"] for finding in content["findings"]] == ["warning"]
-    assert content["findings"][0]["what"] == "mkl cbwr differs: none on ranks 0-1; COMPATIBLE on rank 2"
-    assert [kind["ranks"] for kind in content["oracle"]["kinds"]] == [[0, 1], [2]]
-    assert "compared within each kind, and" in " ".join(outcomes[0].output.split())
-
-
-# ---- bad input
+def seed_for(kind: str, *place: object) -> int:
+    """A seed with which a fault of this kind strikes at `place`, a phase and a step of it."""
+    for seed in itertools.count():
+        choices = Trouble(kind, seed)._choices("place")
+        if (choices.choice(PHASES), choices.randrange(STEPS)) == place:
+            return seed
+    raise AssertionError
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("phase", "step"),
     [
-        (("--inject", "flip@3"), "--inject names rank 3"),
-        (("--out", "/nowhere/verify.json"), "--out /nowhere/verify.json cannot be written"),
-        (("--max-byte", "3"), "--max-byte"),
-        (("--backend", "nccl"), "--backend nccl"),
+        ("together", 1),  # the others wait in DDP's second forward pass
+        pytest.param("collectives", 2, marks=pytest.mark.thorough),
+        pytest.param("speed", 0, marks=pytest.mark.thorough),
+        pytest.param("alone", 0, marks=pytest.mark.thorough),  # where DDP is built
+        pytest.param("together", 2, marks=pytest.mark.thorough),  # in the reducer's all-reduce
     ],
 )
-def test_bad_input_is_said_once_and_ends_with_2(flags: tuple[str, ...], message: str) -> None:
-    with Job(verify, 3, "--device=cpu", *flags) as job:
+def test_a_rank_that_hangs_in_its_own_code_says_where_and_those_that_wait_are_not_accused(
+    phase: str, step: int, tmp_path: Path
+) -> None:
+    flags = ("--out", tmp_path / "verify.json", *SMALL, "--inject=stall@2", "--seed", seed_for("stall", phase, step))
+    with Job(verify_with_a_patient_victim, 3, 2, *flags) as job:
         outcomes = job.wait(60)
-    assert [outcome.code for outcome in outcomes] == [2, 2, 2]
-    assert message in outcomes[0].output
-    assert [outcome.output for outcome in outcomes[1:]] == ["", ""]
-    assert "Traceback" not in outcomes[0].output
+    assert [outcome.code for outcome in outcomes] == [1, 1, 1], outcomes[0].output
+    (finding,) = report(tmp_path)["findings"]
+    assert (finding["severity"], finding["ranks"]) == ("missing", [2])
+    assert re.search(r"hangs in strike \(faults\.py, line \d+\), last seen in " + phase, finding["what"])
+
+
+def verify_with_a_hanging_evaluation(victim: int, *flags: object) -> None:
+    """One rank does not come back from the evaluation after its training together."""
+    original = loop.evaluate
+
+    def evaluate(training: loop.Training, *arguments: Any) -> Any:
+        if training.world.ranks.world_size > 1 and os.environ["RANK"] == str(victim):
+            time.sleep(60)
+        return original(training, *arguments)
+
+    with patch.object(loop, "evaluate", evaluate):
+        verify_with_a_patient_victim(victim, *flags)
+
+
+@pytest.mark.thorough
+def test_a_rank_that_hangs_in_the_evaluation_says_where(tmp_path: Path) -> None:
+    victim = 1
+    with Job(verify_with_a_hanging_evaluation, 2, victim, "--out", tmp_path / "verify.json", *SMALL) as job:
+        outcomes = job.wait(60)
+    assert [outcome.code for outcome in outcomes] == [1, 1], outcomes[0].output
+    (finding,) = report(tmp_path)["findings"]
+    assert finding["ranks"] == [victim]
+    assert "hangs in evaluate (test_verify.py, line " in finding["what"]
 
 
 # ---- the long form
@@ -364,12 +487,18 @@ def test_bad_input_is_said_once_and_ends_with_2(flags: tuple[str, ...], message:
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["flip", "slow", "wrong", "kill"])
 def test_each_fault_is_found_every_time(kind: str, tmp_path: Path) -> None:
     choices = random.Random(kind)
     for number in range(TRIES):
+        (folder := tmp_path / str(number)).mkdir()
         size = choices.choice((2, 3, 4))
-        rehearse(kind, size, choices.randrange(size), choices.randrange(2**32), tmp_path / str(number))
+        victim, seed = choices.randrange(size), choices.randrange(2**32)
+        if kind == "kill":
+            rehearse_kill(size, victim, seed, folder)
+        else:
+            outcomes = run(size, folder, f"--inject={kind}@{victim}", "--seed", seed)
+            check(kind, victim, [outcome.code or 0 for outcome in outcomes], outcomes[0].output, folder)
     print(f"{kind}: found, and the right rank named, in {TRIES} of {TRIES} tries")
 
 

@@ -42,7 +42,7 @@ def test_two_nodes_are_verified(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_the_node_whose_rank_dies_is_named(cluster: Cluster, tmp_path: Path) -> None:
-    job, log, figures = verify(cluster, tmp_path, "--inject=die@1")
+    job, log, figures = verify(cluster, tmp_path, "--inject=kill@1")
     assert (job.state, job.exit_code) == ("FAILED", 1), log
     assert not figures["complete"]
     (finding,) = figures["findings"]

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.harness.runs import Command
 
 MODULE = ("-m", "ddp_circles.verify", "--device=cpu")
@@ -19,6 +21,7 @@ def torchrun(folder: Path, size: int, *flags: object) -> tuple[int, str, dict[st
     return code, command.output, json.loads((folder / "verify.json").read_text())
 
 
+@pytest.mark.thorough
 def test_four_ranks_are_verified_within_a_minute(tmp_path: Path) -> None:
     code, output, content = torchrun(tmp_path, 4)
     assert code == 0, output
@@ -31,7 +34,7 @@ def test_four_ranks_are_verified_within_a_minute(tmp_path: Path) -> None:
 
 
 def test_the_ranks_that_outlive_another_name_it_before_torchrun_ends_them(tmp_path: Path) -> None:
-    code, output, content = torchrun(tmp_path, 3, "--inject=die@1", "--max-bytes=1024")
+    code, output, content = torchrun(tmp_path, 3, "--inject=kill@1", "--max-bytes=1024")
     assert code == 1
     for rank in (0, 2):
         assert f"rank {rank}: " in output

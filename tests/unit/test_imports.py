@@ -53,7 +53,7 @@ def test_the_public_names() -> None:
     assert ddp_circles.fit.__module__ == "ddp_circles.run"
 
 
-@pytest.mark.parametrize("module", ["train", "predict"])
+@pytest.mark.parametrize("module", ["train", "predict", "verify"])
 def test_running_a_module_prints_no_warning(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", f"ddp_circles.{module}", "--help"],

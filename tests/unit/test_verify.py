@@ -3,9 +3,8 @@
 import json
 import random
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,14 +15,15 @@ from torch._C._distributed_c10d import HashStore
 from ddp_circles.errors import UserError
 from ddp_circles.fixed_point import GRADIENT_BITS, quantize
 from ddp_circles.models import loss_sum
-from ddp_circles.verify import collectives, inventory, oracle, speed
-from ddp_circles.verify.__main__ import Settings
-from ddp_circles.verify.board import Alarm, Board
+from ddp_circles.verify import collectives, oracle, speed, verdict
+from ddp_circles.verify.board import Board
 from ddp_circles.verify.collectives import Case, Wrong
 from ddp_circles.verify.findings import Finding, failed, merged, spell_ranks, worst_first
-from ddp_circles.verify.injection import INTEGERS, Injection, Trouble, flip_once
-from ddp_circles.verify.oracle import Alone, Run, Together
+from ddp_circles.verify.injection import INTEGERS, Trouble, flip_once
+from ddp_circles.verify.inventory import Inventory, ranks_by
+from ddp_circles.verify.oracle import Run, Together
 from ddp_circles.verify.report import Report
+from ddp_circles.verify.settings import FAULTS, Settings
 from ddp_circles.verify.speed import Timing
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def wrong(case: int, rank: int, *sources: int, offset: int = 0) -> Wrong:
 def test_who_is_blamed_for_a_wrong_collective(
     case: Case, world_size: int, found: list[Wrong], closer: list[Wrong], blamed: tuple[int, ...]
 ) -> None:
-    (finding,) = collectives.attribute([case], found, closer, world_size)
+    (finding,) = verdict.judge_collectives([case], found, closer, world_size)
     assert (finding.severity, finding.ranks) == ("wrong", blamed)
     assert str(case) in finding.what
     assert finding.advice
@@ -141,7 +141,7 @@ def test_who_is_blamed_for_a_wrong_collective(
 
 def test_only_sums_that_are_wrong_everywhere_are_looked_into() -> None:
     found = [wrong(0, 1), *(wrong(1, rank, offset=33) for rank in range(3)), *(wrong(2, rank, 1) for rank in range(3))]
-    ((number, case),) = collectives.look_closer([SUM, SUM, GATHER], found, 3)
+    ((number, case),) = verdict.look_closer([SUM, SUM, GATHER], found, 3)
     assert number == 1
     assert case.operation == "all-gather of addends"
     assert case.start <= 33 < case.stop
@@ -149,16 +149,10 @@ def test_only_sums_that_are_wrong_everywhere_are_looked_into() -> None:
 
 
 def test_two_ranks_are_told_what_cannot_be_known() -> None:
-    (finding,) = collectives.attribute([MOVED], [wrong(0, 0, 1)], [], 2)
+    (finding,) = verdict.judge_collectives([MOVED], [wrong(0, 0, 1)], [], 2)
     assert "cannot be ruled out" in finding.what
-    (finding,) = collectives.attribute([MOVED], [wrong(0, 0, 1)], [], 3)
+    (finding,) = verdict.judge_collectives([MOVED], [wrong(0, 0, 1)], [], 3)
     assert "cannot be ruled out" not in finding.what
-
-
-def test_ranks_that_leave_a_barrier_early_are_named() -> None:
-    assert collectives.blame_barriers([[], [], []]) == []
-    (finding,) = collectives.blame_barriers([[], [2], []])
-    assert finding.ranks == (1,)
 
 
 # ---- speed
@@ -167,7 +161,7 @@ def test_ranks_that_leave_a_barrier_early_are_named() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(1.0, 1.9), min_size=2, max_size=50))
 def test_noise_below_the_factor_is_no_outlier(seconds: list[float]) -> None:
-    assert speed.slow_ranks(seconds, [range(len(seconds))], 2.0) == []
+    assert verdict.judge_speed(seconds, [range(len(seconds))], 2.0) == []
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
@@ -175,20 +169,21 @@ def test_a_rank_with_three_times_the_work_is_an_outlier(size: int) -> None:
     for rank in range(size):
         seconds = [1.0 + 0.05 * other for other in range(size)]
         seconds[rank] *= 3
-        (finding,) = speed.slow_ranks(seconds, [range(size)], 2.0)
+        (finding,) = verdict.judge_speed(seconds, [range(size)], 2.0)
         assert (finding.severity, finding.ranks) == ("warning", (rank,))
         assert ("with two ranks" in finding.what) == (size == 2)
 
 
 def test_ranks_are_compared_with_their_kind_only() -> None:
-    assert speed.slow_ranks([1.0, 1.0, 9.0, 9.1], [[0, 1], [2, 3]], 2.0) == []
-    assert speed.slow_ranks([1.0, 1.0, 9.0], [[0, 1], [2]], 2.0) == []
+    assert verdict.judge_speed([1.0, 1.0, 9.0, 9.1], [[0, 1], [2, 3]], 2.0) == []
+    assert verdict.judge_speed([1.0, 1.0, 9.0], [[0, 1], [2]], 2.0) == []
 
 
 def test_where_ranks_vary_much_the_deviations_decide() -> None:
     seconds = [1.0, 2.0, 3.0, 4.0, 5.0, 6.5]
-    assert speed.limit(seconds[:-1], 2.0) == pytest.approx(3.0 + 5 * 1.4826 * 1.0)
-    assert speed.slow_ranks(seconds, [range(6)], 2.0) == []
+    assert verdict.judge_speed(seconds, [range(6)], 2.0) == []
+    seconds[-1] = 3.0 + 5 * 1.4826 * 1.0 + 0.01  # the others' median and median absolute deviation are 3 and 1
+    assert [finding.ranks for finding in verdict.judge_speed(seconds, [range(6)], 2.0)] == [(5,)]
 
 
 def test_bandwidths_are_defined_as_in_nccl_tests() -> None:
@@ -200,12 +195,8 @@ def test_bandwidths_are_defined_as_in_nccl_tests() -> None:
     assert gather["bus_bandwidth"] == pytest.approx(4e6 * 3 / 4)
 
 
-def test_a_probe_keeps_its_shortest_time() -> None:
-    probe = speed.Probe(CPU, 1)
-    probe.measure()
-    before = probe.seconds
-    probe.measure()
-    assert 0 < probe.seconds <= before < float("inf")
+def test_three_times_the_work_takes_longer() -> None:
+    assert 0 < 1.5 * speed.time_computing(CPU, 1) < speed.time_computing(CPU, 3)
 
 
 def test_sizes_end_at_the_largest() -> None:
@@ -217,17 +208,16 @@ def test_sizes_end_at_the_largest() -> None:
 # ---- the training oracle's judgement
 
 
-def alone(*keys: str, sums: tuple[int, ...] = (1, 2, 3)) -> list[Alone]:
-    changed = [list(sums) if key == keys[0] else [*sums[:2], 0] for key in keys]
-    return [Alone(key, key, own) for key, own in zip(keys, changed, strict=True)]
+def alone(*keys: str) -> list[Run]:
+    return [Run(key, [1, 2, 3 if key == keys[0] else 0], key) for key in keys]
 
 
 def test_a_minority_is_named() -> None:
     runs = alone("a", "b", "a", "a")
-    assert oracle.ranks_to_repeat([range(4)], runs) == [0, 1, 2, 3]
+    assert verdict.ranks_to_repeat([range(4)], runs) == [0, 1, 2, 3]
     lasting, passing = dict(enumerate(runs)), dict(enumerate(alone("a", "c", "a", "a")))
     for again, words in ((lasting, "a lasting fault"), (passing, "comes and goes")):
-        (finding,) = oracle.judge_alone(range(4), runs, again)
+        (finding,) = verdict.judge_alone(range(4), runs, again)
         assert (finding.severity, finding.ranks) == ("wrong", (1,))
         assert words in finding.what
         assert "ranks 0, 2-3" in finding.what
@@ -236,28 +226,28 @@ def test_a_minority_is_named() -> None:
 
 def test_ranks_that_agree_are_not_repeated() -> None:
     runs = alone("a", "a", "a")
-    assert oracle.ranks_to_repeat([range(3)], runs) == []
-    assert oracle.judge_alone(range(3), runs, {}) == []
+    assert verdict.ranks_to_repeat([range(3)], runs) == []
+    assert verdict.judge_alone(range(3), runs, {}) == []
 
 
 def test_of_two_ranks_the_one_that_departs_from_itself_is_named() -> None:
     runs = alone("a", "b")
-    (finding,) = oracle.judge_alone(range(2), runs, dict(enumerate(alone("a", "c"))))
+    (finding,) = verdict.judge_alone(range(2), runs, dict(enumerate(alone("a", "c"))))
     assert finding.ranks == (1,)
     assert "departs from itself" in finding.what
 
 
 def test_of_two_ranks_that_each_stay_with_their_result_nobody_is_named() -> None:
     runs = alone("a", "b")
-    (finding,) = oracle.judge_alone(range(2), runs, dict(enumerate(runs)))
+    (finding,) = verdict.judge_alone(range(2), runs, dict(enumerate(runs)))
     assert (finding.severity, finding.ranks) == ("wrong", ())
     assert "it cannot be said which" in finding.what
 
 
 def test_a_single_rank_is_held_against_itself() -> None:
-    assert oracle.ranks_to_repeat([[0, 1], [2]], alone("a", "a", "b")) == [2]
-    assert oracle.judge_alone([0], alone("a"), {0: alone("a")[0]}) == []
-    (finding,) = oracle.judge_alone([0], alone("a"), {0: alone("b")[0]})
+    assert verdict.ranks_to_repeat([[0, 1], [2]], alone("a", "a", "b")) == [2]
+    assert verdict.judge_alone([0], alone("a"), {0: alone("a")[0]}) == []
+    (finding,) = verdict.judge_alone([0], alone("a"), {0: alone("b")[0]})
     assert finding.ranks == (0,)
 
 
@@ -276,32 +266,34 @@ def test_a_single_rank_is_held_against_itself() -> None:
     ],
 )
 def test_who_is_blamed_for_a_wrong_training_together(together: list[Together], blamed: tuple[int, ...] | None) -> None:
-    findings = oracle.judge_together(range(3), alone("a", "a", "a"), together, mixed=False)
+    findings = verdict.judge_together(range(3), alone("a", "a", "a"), together, mixed=False)
     assert [finding.ranks for finding in findings] == ([] if blamed is None else [blamed])
 
 
 def test_a_sum_with_a_wrong_part_in_it_is_not_blamed_on_the_network() -> None:
     together = [Together("x", None, 4), Together("x", None, 4), Together("x", None, 3)]
-    assert oracle.judge_together(range(3), alone("a", "a", "b"), together, mixed=False) == []
+    assert verdict.judge_together(range(3), alone("a", "a", "b"), together, mixed=False) == []
 
 
 def test_a_mixed_fleet_is_compared_within_each_kind() -> None:
     runs, together = alone("a", "a", "b", "b"), [Together(key, 0, 0) for key in "xxyy"]
     fleet = [[0, 1], [2, 3]]
-    assert oracle.judge(fleet, runs, together, {}) == []
+    assert verdict.judge_trainings(fleet, runs, together, {}) == []
     together[3] = Together("z", 0, 0)
-    assert [finding.ranks for finding in oracle.judge(fleet, runs, together, {})] == [()]
+    assert [finding.ranks for finding in verdict.judge_trainings(fleet, runs, together, {})] == [()]
     section = oracle.section(None, {"p": [0, 1], "q": [2, 3]}, runs, together, {}, seed=1, wrong=True)
     assert "within each kind" in section["method"]
     assert [row["together"] for row in section["kinds"]] == ["2 of 2 agree", "1 of 2 agree"]
 
 
 def test_a_run_is_held_against_a_run_step_by_step() -> None:
-    whole = Run("a", [1, 2, 3], {0: [4, 5, 6], 1: [7, 8, 9]})
-    assert Together.of(Run("a", [1, 2, 3], {1: [7, 8, 9]}), whole) == Together("a", None, None)
-    assert Together.of(Run("b", [1, 2, 0], {1: [7, 0, 9]}), whole) == Together("b", 1, 2)
-    assert Together.of(Run("b", [1, 2], {1: [7, 8]}), whole) == Together("b", 2, 2)
-    assert len({whole.key, Run("a", [1, 2, 3], {0: [4, 5, 6], 1: [7, 8, 0]}).key}) == 2
+    whole, shares = Run("a", [1, 2, 3], ""), {0: [4, 5, 6], 1: [7, 8, 9]}
+    for run, own, account in (
+        (Run("a", [1, 2, 3], ""), {1: [7, 8, 9]}, Together("a", None, None)),
+        (Run("b", [1, 2, 0], ""), {1: [7, 0, 9]}, Together("b", 1, 2)),
+        (Run("b", [1, 2], ""), {1: [7, 8]}, Together("b", 2, 2)),
+    ):
+        assert oracle.compare(run, own, whole, shares) == account
 
 
 def test_points_are_exact_and_every_rank_has_a_share() -> None:
@@ -319,7 +311,7 @@ def test_a_flip_changes_one_bit_that_matters() -> None:
         model = oracle.make_model(oracle.choose_workload(1, on_cuda=False), seed)
         points, classes = oracle.make_points(oracle.choose_workload(1, on_cuda=False), seed)[1]
         gradients: list[list[torch.Tensor]] = []
-        trouble = Trouble(Injection("flip", 0, seed), 0)
+        trouble = Trouble("flip", seed)
         for flips in (False, True):
             model.zero_grad()
             for step in range(oracle.STEPS if flips else 0):
@@ -349,22 +341,27 @@ def test_a_flip_of_nothing_is_seen_too() -> None:
 # ---- inventory
 
 
-def machine(**changes: str) -> inventory.Inventory:
+def machine(**changes: str) -> Inventory:
     return {"host": "a", "device": "cuda:0", "uuid": "1", "driver": "5", "threads": "1", "kind": "k"} | changes
 
 
 def test_what_differs_is_pointed_out_and_the_odd_ranks_named() -> None:
     everyone = [machine(), machine(device="cuda:1", uuid="2"), machine(host="b", driver="6", kind="l")]
-    (finding,) = inventory.differences(everyone)
+    (finding,) = verdict.judge_inventory(everyone)
     assert (finding.severity, finding.ranks) == ("warning", (2,))
     assert finding.what == "driver differs: 5 on ranks 0-1; 6 on rank 2"
-    assert inventory.kinds(everyone) == {"k": [0, 1], "l": [2]}
-    assert not inventory.sharing(everyone)
-    assert inventory.sharing([machine(), machine()])
+    assert ranks_by([one["kind"] for one in everyone]) == {"k": [0, 1], "l": [2]}
+
+
+def test_ranks_that_disturb_each_other_are_given_more_time() -> None:
+    own = [machine(), machine(uuid="2"), machine(host="b")]
+    assert verdict.slow_above(own) == 1.3
+    assert verdict.slow_above([*own, machine()]) == 2.0  # two on one device
+    assert verdict.slow_above([machine(uuid="", device="cpu")]) == 2.0
 
 
 def test_of_two_ranks_neither_is_odd() -> None:
-    (finding,) = inventory.differences([machine(), machine(driver="6")])
+    (finding,) = verdict.judge_inventory([machine(), machine(driver="6")])
     assert finding.ranks == ()
 
 
@@ -452,18 +449,53 @@ def test_a_setting_out_of_range_is_refused_by_its_flag(flag: str, value: float) 
 @pytest.mark.parametrize("text", ["", "flip", "flip@", "flip@x", "melt@1", "flip@-1", "flip@1:2"])
 def test_an_injection_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--inject must be KIND@RANK"):
-        Injection.parse(text, 0)
+        Settings(inject=text)
 
 
-def test_trouble_comes_to_one_rank_only_and_is_the_same_each_time() -> None:
-    injection = Injection("wrong", 1, 5)
-    assert Trouble(injection, 0).wrong_case(10, 3) is None
-    assert Trouble(injection, 1).wrong_case(10, 3) == Trouble(injection, 1).wrong_case(10, 3) is not None
-    assert [Trouble(Injection("slow", 1, 5), rank).work for rank in (0, 1)] == [1, 3]
-    assert Trouble(None, 1).work == 1
+@pytest.mark.parametrize("kind", FAULTS)
+def test_trouble_is_of_one_kind_and_the_same_each_time(kind: str) -> None:
+    places = [Trouble(kind, 5).tamper([10, 1, 7], 3) for _ in range(2)]
+    assert places[0] == places[1]
+    assert (places[0] is not None) == (kind == "wrong")
+    assert Trouble(kind, 5).work == (3 if kind == "slow" else 1)
+    for of in (Trouble(None, 5), Trouble("wrong", 5)):
+        of.reach("collectives", 0)  # and live
 
 
-# ---- board and alarm
+@given(st.lists(st.integers(1, 9), min_size=1), st.integers(0, 2**32 - 1))
+def test_what_is_tampered_with_is_an_element_of_a_collective(sizes: list[int], seed: int) -> None:
+    tamper = Trouble("wrong", seed).tamper(sizes, seed)
+    assert tamper is not None
+    assert 0 <= tamper.offset < sizes[tamper.case]
+
+
+# ---- the end
+
+
+@pytest.mark.parametrize(
+    ("missing", "ranks"),
+    [
+        ("", ()),
+        ("rank 3 (host a) last seen in alone, epoch 0, step 1, 9 s ago", (3,)),
+        ("rank 1 was never seen; rank 12 (host rank 5) raised X, last seen in speed", (1, 12)),
+        ("the launcher, which holds the job's store and does not answer", ()),
+    ],
+)
+def test_a_report_of_an_early_end_names_the_missing(missing: str, ranks: tuple[int, ...]) -> None:
+    judged = verdict.judge_end("no progress", missing)
+    assert (judged.severity, judged.ranks) == ("missing", ranks)
+    assert "no progress" in judged.what
+    assert missing in judged.what
+
+
+# ---- the board
+
+
+class Pair(NamedTuple):
+    """A value with names."""
+
+    one: Case
+    two: str
 
 
 def test_ranks_agree_at_the_board() -> None:
@@ -483,35 +515,14 @@ def test_ranks_agree_at_the_board() -> None:
     assert answers == dict.fromkeys(range(3), right)
 
 
-def ring(
-    until: Callable[[list[tuple[str, str]]], bool], patience: float, during: Callable[[], None]
-) -> list[tuple[str, str]]:
-    rung: list[tuple[str, str]] = []
-    with Alarm(None, patience=patience, on_cuda=False, ring=lambda reason, word: rung.append((reason, word))) as alarm:
-        alarm.progress("speed, step 3")
-        during()
-        deadline = time.monotonic() + 10
-        while not until(rung) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    return rung
-
-
-def test_an_alarm_rings_when_nothing_moves_and_says_where_this_rank_hangs() -> None:
-    reason, word = ring(bool, 0.3, lambda: None)[0]
-    assert reason.startswith("no progress since speed, step 3, for")
-    assert word.startswith("hangs in ring (test_verify.py, line ")
-
-
-def test_a_rank_that_waits_for_others_does_not_accuse_itself() -> None:
-    board = Board(HashStore(), 1, 2)
-
-    def wait() -> None:
-        thread = threading.Timer(1.2, lambda: board._store.set("board/1/answer", "1"))
-        thread.start()
-        assert board.agree(None, lambda _: None) == 1
-
-    assert ring(bool, 0.3, wait)[0][1] == "waited"
-
-
-def test_an_alarm_is_silent_while_there_is_progress() -> None:
-    assert ring(lambda _: True, 60.0, lambda: time.sleep(1.2)) == []
+def test_values_keep_their_types_on_the_way() -> None:
+    store = HashStore()
+    board = Board(store, 0, 1, (Case, Wrong, Together, Pair))
+    values = [
+        {"a": (1, [2.5, None]), 3: [()]},
+        [Wrong(1, 2, 3, [4], [{"offset": 5, "seen": "x"}]), Together("a", None, 4)],
+        (MOVED, Pair(GATHER, "b"), True, float("inf")),
+    ]
+    answer = board.agree(values, lambda found: found)
+    assert repr(answer) == repr([values])
+    assert board.agree(answer, lambda found: found) == [answer]

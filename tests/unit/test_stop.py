@@ -1,0 +1,64 @@
+"""Stop requests: what the three signals do, and when."""
+
+import signal
+import threading
+
+import pytest
+
+from ddp_circles.job.stop import STOP_SIGNALS, StopRequest
+from tests.harness.ranks import Job
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_each_signal_sets_the_flag_and_nothing_else(number: int) -> None:
+    stop_requested = StopRequest()
+    with stop_requested.listening():
+        assert not stop_requested()
+        signal.raise_signal(number)
+        assert stop_requested()
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with StopRequest().listening():
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_a_request_outlives_an_inner_listener_but_not_the_outer_one() -> None:
+    stop_requested = StopRequest()
+    with stop_requested.listening():
+        with stop_requested.listening():
+            signal.raise_signal(signal.SIGTERM)
+        assert stop_requested()
+    assert not stop_requested()
+
+
+def test_threads_listen_to_nothing() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def listen() -> None:
+        with StopRequest().listening():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def interrupt_twice(first: int) -> None:
+    with StopRequest().listening():
+        signal.raise_signal(first)
+        print("still here", flush=True)
+        signal.raise_signal(signal.SIGINT)
+        print("not reached", flush=True)
+
+
+@pytest.mark.parametrize("first", STOP_SIGNALS)
+def test_an_interrupt_after_a_request_ends_the_process_at_once(first: int) -> None:
+    with Job(interrupt_twice, 1, first) as job:
+        (outcome,) = job.wait(30)
+    assert outcome.code == -signal.SIGINT
+    assert outcome.output == "still here\n"
