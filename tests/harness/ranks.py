@@ -25,7 +25,7 @@ from typing import Any, Self
 from torch._C._distributed_c10d import TCPStore
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.model_selection", "tests.harness.preload"])
+FORKSERVER.set_forkserver_preload(["tests.harness.preload"])
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
