@@ -19,7 +19,7 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.launcher.api import launch_agent
 from torch.distributed.run import config_from_args, parse_args
 
 from ddp_circles import cli
@@ -262,11 +262,10 @@ def _be_agent(
     own.ensure_running = lambda: None  # it runs, but is no child of this process, which could not look after it
     setattr(MultiprocessContext, "_start", _start_lightly)  # noqa: B010 - a plain assignment has another type
     config, _, _ = config_from_args(parse_args([*options, "--start-method=forkserver", "no-script"]))
-    launch: Callable[..., object] = record(elastic_launch(config, _be_worker))
-    launch(log, os.getpid(), flags, cwd, variables)
+    record(launch_agent)(config, _be_worker, [log, os.getpid(), flags, cwd, variables])
 
 
-_start = MultiprocessContext._start
+_start: Callable[[MultiprocessContext], None] = MultiprocessContext._start
 
 
 def _start_lightly(context: MultiprocessContext) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.training import PROJECT
+from tests.harness.runs import PROJECT
 
 LATE_LISTENER = """trap "" USR1; kill -USR1 $SUPERVISOR; sleep 0.5
 trap "echo stopped > status; exit 75" USR1; for i in {1..100}; do sleep 0.1; done"""
