@@ -1,4 +1,4 @@
-"""What holds for every test: nothing from outside reaches in, and nothing that a test starts outlives it."""
+"""Rules for every test: nothing from outside reaches in, and nothing that a test starts outlives it."""
 
 import os
 import signal
@@ -13,11 +13,13 @@ import pytest
 
 from tests.harness.ranks import LAUNCHER_VARIABLES
 
-STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "LOCAL_WORLD_SIZE", "GLOO_", "OMP_NUM_", "MKL_NUM_", "TORCH_DISABLE_")
+STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "GLOO_", "OMP_NUM_", "MKL_NUM_", "TORCH_DISABLE_")
 SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR"}
 """pytest's own, and those that scikit-learn and torch set when they are imported."""
 GRACE_SECONDS = 5.0
-"""How long what a test has ended may take to be gone."""
+"""The time that processes and threads which a test has ended may take to be gone."""
+MOST_LANES = 5
+"""Each starts torch twice."""
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background job: what is started here would too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,8 +45,26 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The lanes in which `launch/test.sh` runs tests side by side: one more than cores, for most tests wait.
+
+    None for tests of single files, and for output that is not captured: a second start of torch would take longer, and
+    the lanes would swallow the output.
+    """
+    single_files = all(".py" in argument for argument in config.args)
+    return 0 if single_files or config.getoption("capture") == "no" else min(os.cpu_count() or 1, MOST_LANES - 1) + 1
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the thorough tests without `--all`, and the long rehearsals unless `-m` speaks of them."""
+    """Leave out the thorough tests without `--all`, and the long rehearsals unless `-m` speaks of them.
+
+    All tests on the Slurm cluster share one, in one lane.
+    """
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
     left_out = set() if "long" in config.getoption("markexpr") else {"long"}
     if not config.getoption("all"):
         left_out.add("thorough")
@@ -56,15 +76,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the fork server import torch while the first tests run, if any test here will need it."""
-    harness = sys.modules["tests.harness.ranks"]
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
-    names = ("Job", "run_ranks", "train_on")
-    if any(getattr(module, name, None) is getattr(harness, name) for module in modules for name in names):
+    found = [value for module in modules for value in vars(module).values() if callable(value)]
+    if any(getattr(value, "__module__", "") in ("tests.harness.ranks", "tests.harness.runs") for value in found):
         forkserver.ensure_running()
 
 
 def _children() -> dict[int, psutil.Process]:
-    """What tests have started, by process id: running children of pytest and of the fork server, but for those two."""
+    """Processes that tests have started, by id: running children of pytest and of the fork server."""
     server = getattr(forkserver._forkserver, "_forkserver_pid", None)
     tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
     return {
@@ -94,7 +113,7 @@ def _end(process: psutil.Process) -> str:
 
 
 def _after_grace(leftovers: Callable[[], list[int] | list[str]]) -> list[int] | list[str]:
-    """What `leftovers` finds; if it finds something, again until nothing is left or the time is up."""
+    """Return what `leftovers` finds, asking again until it finds nothing or the time is up."""
     deadline = time.monotonic() + GRACE_SECONDS
     while (found := leftovers()) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -24,12 +24,14 @@ from typing import Any, Self
 
 from torch._C._distributed_c10d import TCPStore
 
+from ddp_circles import train as command_line
+
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torch", "torch._dynamo", "sklearn.model_selection", "tests.harness.preload"])
+FORKSERVER.set_forkserver_preload(["tests.harness.preload"])
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
-    "LOCAL_RANK",
+    "LOCAL_",
     "MASTER_",
     "TORCHELASTIC_",
     "SLURM_",
@@ -87,7 +89,7 @@ class Job:
         return Path(self._folder.name) / f"rank{rank}"
 
     def output(self, rank: int) -> str:
-        """What `rank` has printed so far."""
+        """The text `rank` has printed so far."""
         return self._log(rank).read_text() if self._log(rank).exists() else ""
 
     def signal(self, number: int, *ranks: int) -> None:
@@ -95,6 +97,13 @@ class Job:
         for rank in ranks or range(len(self.processes)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, number)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 60.0) -> None:
+        """Wait for something to come true while all ranks run."""
+        wait_until(condition, timeout, lambda: all(process.is_alive() for process in self.processes), self._outputs)
+
+    def _outputs(self) -> str:
+        return "\n".join(map(self.output, range(len(self.processes))))
 
     def wait(self, timeout: float) -> list[Outcome]:
         """Wait for all ranks until `timeout` seconds have passed, then kill the rest."""
@@ -125,6 +134,17 @@ class Job:
         self._folder.cleanup()
 
 
+def wait_until(
+    condition: Callable[[], bool], timeout: float, running: Callable[[], bool], output: Callable[[], str]
+) -> None:
+    """Wait until `condition` holds; fails with `output` when `running` no longer holds, or after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert running() or condition(), f"ended early:\n{output()}"
+        assert time.monotonic() < deadline, f"still waiting after {timeout} s:\n{output()}"
+        time.sleep(0.01)
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
@@ -134,23 +154,34 @@ def free_port() -> int:
 
 
 def _received(pipe: Connection) -> Any:
-    """What came through `pipe`; None if the rank left without sending anything."""
+    """The value that came through `pipe`; None if the rank left without sending anything."""
     try:
         return pipe.recv() if pipe.poll() else None
     except EOFError:
         return None
 
 
-def _run(
-    sender: Connection, log: Path, variables: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+def write_output_to(log: Path) -> None:
+    """Append everything that this process prints from now on to `log`, line by line."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, "wb", closefd=False), write_through=True) for fd in (1, 2))
+
+
+def forget_launcher() -> None:
+    """Remove every launcher's variables from the environment."""
     for name in list(os.environ):
         if name.startswith(LAUNCHER_VARIABLES):
             del os.environ[name]
+
+
+def _run(
+    sender: Connection, log: Path, variables: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    write_output_to(log)
+    forget_launcher()
     os.environ.update(variables)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
@@ -170,7 +201,7 @@ def run_ranks(
     timeout: float = 120.0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
-    """What `function(*arguments)` returns on each of `size` ranks; names the rank that raised, died or hung."""
+    """The values that `function(*arguments)` returns on each of `size` ranks; names the rank that raised or hung."""
     with Job(function, size, *arguments, environment=environment) as job:
         outcomes = job.wait(timeout)
     for outcome in outcomes:
@@ -181,10 +212,9 @@ def run_ranks(
 
 def train(*flags: object) -> None:
     """Run the trainer's command line in this rank and leave with its exit code."""
-    from ddp_circles.train import main
-
     sys.argv = ["train", *map(str, flags)]
-    main()
+    sys.orig_argv = [sys.executable, "-m", "ddp_circles.train", *sys.argv[1:]]  # the command that a stop prints
+    command_line.main()
 
 
 def train_on(size: int, *flags: object, timeout: float = 180.0) -> list[Outcome]:

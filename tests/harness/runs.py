@@ -4,24 +4,33 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
+import pytest
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.launcher.api import launch_agent
+from torch.distributed.run import config_from_args, parse_args
 
+from ddp_circles import cli
 from ddp_circles.records.checkpoint import Checkpoints, State, decode
-from tests.harness.ranks import LAUNCHER_VARIABLES, Job, Outcome, train
+from tests.harness.ranks import FORKSERVER, Job, Outcome, forget_launcher, train, wait_until, write_output_to
 
 PROJECT = Path(__file__).resolve().parents[2]
 PLAIN = 0
 """In place of a number of ranks: one process that no launcher started."""
 QUIET = ("--wandb=disabled", "--no-plots", "--log-every=1000000", "--device=cpu")
+TRAINER = ("-m", "ddp_circles.train")
 FIGURES = ("epoch", "step", "train/loss", "train/accuracy", "test/loss", "test/accuracy")
 """What a metrics line says that does not depend on the clock."""
 
@@ -83,78 +92,70 @@ def run(size: int, run_dir: Path, *flags: object, timeout: float = 180.0) -> lis
         return job.wait(timeout)
 
 
-def finish(size: int, run_dir: Path, *flags: object) -> Bits:
+def finish(size: int, run_dir: Path, *flags: object, timeout: float = 180.0) -> Bits:
     """Train in `run_dir` to the end, and return the run's bits."""
-    for outcome in run(size, run_dir, *flags):
+    for outcome in run(size, run_dir, *flags, timeout=timeout):
         assert outcome.code == 0, f"rank {outcome.rank} of {size} ended with {outcome.code}:\n{outcome.output}"
     return bits(run_dir)
 
 
 def train_hastily(*flags: object) -> None:
     """Run the trainer's command line; where rank 0 refuses, the others do not wait long: there is no agent here."""
-    from ddp_circles import cli
-
     cli.RANK_0_SPEAKS_SECONDS = 0.1
     train(*flags)
 
 
 def train_plain(*flags: object) -> None:
     """Run the trainer's command line in a process that knows of no launcher."""
-    for name in list(os.environ):
-        if name.startswith((*LAUNCHER_VARIABLES, "LOCAL_")):
-            del os.environ[name]
+    forget_launcher()
     train(*flags)
 
 
-# ---- real commands
-
-TRAINER = ("-m", "ddp_circles.train")
+# ---- programs, and torchrun
 
 
-class Command:
-    """A program that runs by itself; a context manager that kills it and all that it started."""
+class Program(ABC):
+    """Something that runs by itself; a context manager that kills it and all that it started."""
 
-    def __init__(
-        self, log: Path, *words: object, cwd: Path = PROJECT, variables: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, log: Path, pid: int) -> None:
         self._log = log
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [str(word) for word in words],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=cwd,
-                env=os.environ | {"PYTHONPATH": str(PROJECT)} | dict(variables or {}),
-                start_new_session=True,
-            )
-        self._seen: dict[int, psutil.Process] = {}
+        self.pid = pid
 
     @property
     def output(self) -> str:
-        """What it has printed so far, and what it started."""
+        """The text it has printed so far, and what it started."""
         return self._log.read_text()
 
+    @abstractmethod
+    def exit_code(self, timeout: float = 0.0) -> int | None:
+        """The exit code, negative for a signal; None if it still runs after `timeout` seconds."""
+
+    @abstractmethod
     def workers(self) -> list[psutil.Process]:
         """The trainers that it has started and that still run, if it is a launcher."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found = psutil.Process(self.process.pid).children(recursive=True)
-            self._seen.update({child.pid: child for child in found if _trains(child)})
-        return [child for child in self._seen.values() if _trains(child)]
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; its workers get none."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it and then its workers, all without a word."""
+        workers = self.workers()
+        if self.exit_code() is None:
+            self.signal(signal.SIGKILL)
+            self.wait(30)
+        for worker in workers:
+            worker.kill()
 
     def wait(self, timeout: float) -> int:
-        """Its exit code; shows its output if it takes longer."""
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout} s:\n{self.output}") from None
+        """The exit code; fails with the output if it takes longer."""
+        code = self.exit_code(timeout)
+        assert code is not None, f"still running after {timeout} s:\n{self.output}"
+        return code
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 120.0) -> None:
         """Wait for something to come true while it runs."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output}"
-            assert time.monotonic() < deadline, f"still waiting after {timeout} s:\n{self.output}"
-            time.sleep(0.01)
+        wait_until(condition, timeout, lambda: self.exit_code() is None, lambda: self.output)
 
     def __enter__(self) -> Self:
         return self
@@ -162,10 +163,38 @@ class Command:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self.workers():
-            worker.kill()
-        self.process.kill()
-        self.process.wait()
+        self.kill()
+
+
+class Command(Program):
+    """A real command, in a session of its own."""
+
+    def __init__(
+        self, log: Path, *words: object, cwd: Path = PROJECT, variables: Mapping[str, str] | None = None
+    ) -> None:
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [str(word) for word in words],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                env=os.environ | {"PYTHONPATH": str(PROJECT)} | dict(variables or {}),
+                start_new_session=True,
+            )
+        super().__init__(log, self.process.pid)
+        self._seen: dict[int, psutil.Process] = {}
+
+    def exit_code(self, timeout: float = 0.0) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout)
+        return self.process.returncode
+
+    def workers(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.pid).children(recursive=True)
+            self._seen.update({child.pid: child for child in found if _trains(child)})
+        return [child for child in self._seen.values() if _trains(child)]
 
 
 def _trains(process: psutil.Process) -> bool:
@@ -176,17 +205,141 @@ def _trains(process: psutil.Process) -> bool:
         return False
 
 
-def plain(log: Path, run_dir: Path, *flags: object) -> Command:
-    """`python -m ddp_circles.train`."""
-    return Command(log, sys.executable, *TRAINER, "--run-dir", run_dir, *QUIET, *flags)
+class Agent(Program):
+    """The trainer with `flags` under torch's elastic agent, both from the fork server: torchrun that starts at once.
+
+    `options` are torchrun's. All is as there, but the workers are children of the fork server and not of the agent.
+    """
+
+    def __init__(
+        self, log: Path, options: Sequence[str], flags: Sequence[object], cwd: Path, variables: Mapping[str, str]
+    ) -> None:
+        log.touch()
+        forkserver.ensure_running()
+        arguments = (_server()._forkserver_address, log, options, flags, cwd, variables)
+        self._process = FORKSERVER.Process(target=_be_agent, args=arguments, name="agent")
+        self._process.start()
+        assert self._process.pid is not None
+        super().__init__(log, self._process.pid)
+
+    def exit_code(self, timeout: float = 0.0) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def workers(self) -> list[psutil.Process]:
+        return [child for child in psutil.Process(_server()._forkserver_pid).children() if self._is_member(child)]
+
+    def _is_member(self, process: psutil.Process) -> bool:
+        try:
+            return (
+                process.pid != self.pid
+                and process.status() != psutil.STATUS_ZOMBIE
+                and os.getpgid(process.pid) == self.pid
+            )
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            return False
+
+
+def _server() -> Any:
+    return forkserver._forkserver
+
+
+def _be_agent(
+    server: str,
+    log: Path,
+    options: Sequence[str],
+    flags: Sequence[object],
+    cwd: Path,
+    variables: Mapping[str, str],
+) -> None:
+    """Run torchrun's agent in this process, which the fork server at the address `server` has forked."""
+    os.setpgid(0, 0)
+    write_output_to(log)
+    forget_launcher()
+    os.environ.update({"OMP_NUM_THREADS": "1"} | dict(variables))  # torchrun would choose that and warn about it
+    own = _server()
+    own._forkserver_address = server
+    own.ensure_running = lambda: None  # it runs, but is no child of this process, which could not look after it
+    setattr(MultiprocessContext, "_start", _start_lightly)  # noqa: B010 - a plain assignment has another type
+    config, _, _ = config_from_args(parse_args([*options, "--start-method=forkserver", "no-script"]))
+    record(launch_agent)(config, _be_worker, [log, os.getpid(), flags, cwd, variables])
+
+
+_start: Callable[[MultiprocessContext], None] = MultiprocessContext._start
+
+
+def _start_lightly(context: MultiprocessContext) -> None:
+    """Start workers without semaphores, which a killed agent would leave behind."""
+    setattr(context, "_worker_finished_event", Released())  # noqa: B010 - a plain assignment has another type
+    queues: Iterable[Any] = context._ret_vals.values()
+    for queue in queues:
+        queue._rlock, queue._wlock = contextlib.nullcontext(), None  # it has one writer and one reader
+    _start(context)
+
+
+class Released:
+    """An event that has come: a worker that is done ends at once, as under torchrun, even if its agent was stopped."""
+
+    def set(self) -> None:
+        """Do nothing."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+def _be_worker(log: Path, group: int, flags: Sequence[object], cwd: Path, variables: Mapping[str, str]) -> None:
+    os.setpgid(0, group)
+    write_output_to(log)
+    os.environ.update(variables)
+    os.chdir(cwd)
+    train(*flags)
+
+
+Launcher = Callable[..., Program]
+"""`torchrun` or `agent`."""
 
 
 def torchrun(
-    log: Path, size: int, run_dir: Path, *flags: object, options: tuple[str, ...] = (), **more: Any
+    log: Path,
+    size: int,
+    run_dir: Path | None,
+    *flags: object,
+    options: Sequence[str] = (),
+    cwd: Path = PROJECT,
+    variables: Mapping[str, str] | None = None,
 ) -> Command:
-    """`torchrun` with `options` and `size` ranks on this node."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}")
-    meeting = (
-        () if any("--rdzv" in option for option in options) else ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
-    )
-    return Command(log, *launcher, *meeting, *options, *TRAINER, "--run-dir", run_dir, *QUIET, *flags, **more)
+    """A true `torchrun` with `options`: `size` ranks of this node train, in `run_dir` if it is given."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", *_launch_options(size, options))
+    return Command(log, *launcher, *TRAINER, *_flags(run_dir, flags), cwd=cwd, variables=variables)
+
+
+def agent(
+    log: Path,
+    size: int,
+    run_dir: Path | None,
+    *flags: object,
+    options: Sequence[str] = (),
+    cwd: Path = PROJECT,
+    variables: Mapping[str, str] | None = None,
+) -> Agent:
+    """The same from the fork server: torchrun's agent without torchrun's start."""
+    return Agent(log, _launch_options(size, options), _flags(run_dir, flags), cwd, variables or {})
+
+
+LAUNCHERS = [agent, pytest.param(torchrun, marks=pytest.mark.thorough)]
+"""For tests of what holds under both; the second costs seconds for each rank."""
+
+
+def _launch_options(size: int, options: Sequence[str]) -> list[str]:
+    given = any("--rdzv-endpoint" in option for option in options)
+    meeting = [] if given else ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # else all want the same port
+    return [f"--nproc_per_node={size}", *meeting, *options]
+
+
+def _flags(run_dir: Path | None, flags: Sequence[object]) -> list[object]:
+    return [*(["--run-dir", run_dir] if run_dir else []), *QUIET, *flags]
+
+
+def plain(log: Path, run_dir: Path, *flags: object) -> Command:
+    """`python -m ddp_circles.train`."""
+    return Command(log, sys.executable, *TRAINER, *_flags(run_dir, flags))

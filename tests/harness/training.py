@@ -1,9 +1,8 @@
-"""Training jobs on the test cluster, and the plain run that they are held against."""
+"""Training jobs on the test cluster."""
 
 import json
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,47 +13,18 @@ from typing import Any, Self
 import psutil
 
 from tests.harness.cluster import FINAL_STATES, Cluster, ClusterError, Job, wait_until
+from tests.harness.runs import PROJECT, QUIET, Bits, bits, status
 
-PROJECT = Path(__file__).resolve().parents[2]
 EPOCHS = 60
 STEPS_PER_EPOCH = 5
-SETTINGS = [
-    f"--epochs={EPOCHS}",
-    "--n-samples=400",
-    "--batch-size=64",
-    "--device=cpu",
-    "--no-plots",
-    "--log-every=1000",
-]
-"""What every run here trains: some seconds of work."""
-
-BITS = ("epoch", "step", "train/loss", "train/accuracy", "test/loss", "test/accuracy")
-"""The figures of a metrics line that do not depend on the clock."""
+SETTINGS = (f"--epochs={EPOCHS}", "--n-samples=400", "--batch-size=64")
+"""Trained by every run here; some seconds of work."""
 
 
-@dataclass(frozen=True)
-class Undisturbed:
-    """Results of one process that nobody interrupted."""
-
-    model: bytes
-    rows: list[dict[str, Any]]
-
-
-def run_undisturbed(run_dir: Path) -> Undisturbed:
-    """Train in one plain process."""
-    command = [sys.executable, "-m", "ddp_circles.train", "--run-dir", str(run_dir), "--wandb=disabled", *SETTINGS]
-    subprocess.run(command, check=True, cwd=PROJECT, timeout=200)
-    return Undisturbed((run_dir / "model.safetensors").read_bytes(), read_rows(run_dir))
-
-
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics lines so far, without what depends on the clock."""
-    try:
-        text = (run_dir / "metrics.jsonl").read_text()
-    except FileNotFoundError:
-        return []
-    whole_lines = text[: text.rfind("\n") + 1].splitlines()
-    return [{name: row[name] for name in BITS} for row in map(json.loads, whole_lines)]
+def epochs_done(run_dir: Path) -> int:
+    """The number of lines in metrics.jsonl so far."""
+    file = run_dir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 @dataclass(frozen=True)
@@ -86,8 +56,8 @@ class Training:
             f"--output={folder}/%x-%j.out",
             *options,
             f"slurm/{script}",
+            *QUIET,
             *SETTINGS,
-            "--wandb=disabled",
             "--checkpoint-seconds=3600",
             *arguments,
             cwd=PROJECT,
@@ -109,7 +79,7 @@ class Training:
     @property
     def status(self) -> str:
         """The word in the run directory's file `status`."""
-        return (self.run_dir / "status").read_text().strip()
+        return status(self.run_dir)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -118,9 +88,9 @@ class Training:
         return figures
 
     @property
-    def model(self) -> bytes:
-        """The trained model's file."""
-        return (self.run_dir / "model.safetensors").read_bytes()
+    def bits(self) -> Bits:
+        """The bits of the finished run."""
+        return bits(self.run_dir)
 
     def job(self) -> Job:
         """The job's state now."""
@@ -129,10 +99,10 @@ class Training:
     def wait_for_some_steps(self) -> int:
         """Wait until a few of the epochs are done; returns the steps done by then."""
         try:
-            wait_until(lambda: len(read_rows(self.run_dir)) > EPOCHS // 10, "the training is on its way", 180)
+            wait_until(lambda: epochs_done(self.run_dir) > EPOCHS // 10, "the training is on its way", 180)
         except ClusterError as error:
             raise self._with_log(error) from None
-        return int(read_rows(self.run_dir)[-1]["step"])
+        return epochs_done(self.run_dir) * STEPS_PER_EPOCH
 
     def interrupt(self, *command: str) -> None:
         """Run a command of Slurm's that makes it tell the trainers to stop.

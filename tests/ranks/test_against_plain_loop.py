@@ -16,10 +16,12 @@ from torch.utils.data import DistributedSampler
 
 from tests.harness.ranks import train_on
 
+THOROUGH = pytest.mark.thorough
+
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration: as flags, and as what the plain loop needs."""
+    """One configuration, as flags and for the plain loop."""
 
     samples: int
     test_fraction: float
@@ -94,7 +96,7 @@ def plain_loop(name: str) -> tuple[float, float]:
         return total / len(X_train), mean_loss(model(X_test), y_test).item()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=THOROUGH), 3, pytest.param(4, marks=THOROUGH)])
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_losses_are_those_of_a_plain_loop(name: str, reduction: str, size: int, tmp_path: Path) -> None:

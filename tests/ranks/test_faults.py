@@ -1,5 +1,6 @@
 """Ranks that die, raise, stall or diverge: who says what, what is saved, and how soon everything is over."""
 
+import os
 import re
 import signal
 import time
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.optim import Adam
 
+from ddp_circles import loop
+from ddp_circles.job import watch
 from tests.harness.ranks import Job, free_port
 from tests.harness.runs import (
     QUIET,
@@ -28,8 +32,6 @@ SMALL = ("--n-samples=125", "--batch-size=16", "--epochs=10", "--checkpoint-step
 
 def train_counting_steps(*flags: object) -> None:
     """Train, and print how many optimizer steps this rank has taken when it leaves."""
-    from torch.optim import Adam
-
     original, steps = Adam.step, 0
 
     def step(*arguments: Any) -> Any:
@@ -45,18 +47,12 @@ def train_counting_steps(*flags: object) -> None:
         print(f"{steps} optimizer steps", flush=True)
 
 
-def wait_for_fault(job: Job, run_dir: Path) -> None:
-    while not (run_dir / "fault").exists():
-        assert all(process.is_alive() for process in job.processes), job.output(0)
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("kind", ["kill", "raise"])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_survivors_neither_step_nor_save_without_their_peer(tmp_path: Path, kind: str, victim: int) -> None:
     # With four, one survivor has no connection of its own to the victim that its all-reduce waits on.
     with Job(train_counting_steps, 4, "--run-dir", tmp_path, *QUIET, *SMALL, f"--fault={kind}@{victim}:50") as job:
-        wait_for_fault(job, tmp_path)
+        job.wait_until((tmp_path / "fault").exists)
         outcomes = job.wait(20)
     assert outcomes[victim].code == (-signal.SIGKILL if kind == "kill" else 1)
     for outcome in outcomes:
@@ -98,7 +94,7 @@ def test_not_a_number_is_not_saved_in_fast_either(tmp_path: Path) -> None:
 def test_a_stalled_rank_is_named_with_place_and_age_and_nothing_is_left(tmp_path: Path) -> None:
     timeout = 3
     with start(3, tmp_path, *SMALL, "--fault=stall@1:50", f"--timeout={timeout}") as job:
-        wait_for_fault(job, tmp_path)
+        job.wait_until((tmp_path / "fault").exists)
         stalled_at = time.monotonic()
         outcomes = job.wait(timeout + 15)
         assert time.monotonic() - stalled_at < timeout + 15
@@ -113,9 +109,7 @@ def test_a_stalled_rank_is_named_with_place_and_age_and_nothing_is_left(tmp_path
 
 
 def train_with_little_patience(*flags: object) -> None:
-    from ddp_circles.job import watch as health
-
-    health.STORE_SECONDS = 3.0
+    watch.STORE_SECONDS = 3.0
     train_hastily(*flags)
 
 
@@ -124,9 +118,7 @@ def test_nobody_waits_for_a_frozen_rank_that_holds_the_store(tmp_path: Path) -> 
     own = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
     flags = ("--run-dir", tmp_path, *QUIET, *SMALL, "--epochs=100000", "--timeout=3")
     with Job(train_with_little_patience, 2, *flags, environment=own) as job:
-        while not (tmp_path / "metrics.jsonl").exists():
-            assert all(process.is_alive() for process in job.processes), job.output(0)
-            time.sleep(0.02)
+        job.wait_until((tmp_path / "metrics.jsonl").exists)
         job.signal(signal.SIGSTOP, 0)
         job.processes[1].join(30)
         assert job.processes[1].exitcode == 1, job.output(1)
@@ -135,12 +127,7 @@ def test_nobody_waits_for_a_frozen_rank_that_holds_the_store(tmp_path: Path) -> 
 
 def stall_in_evaluation(*flags: object) -> None:
     """Rank 1 does not come back from its second evaluation."""
-    import os
-
-    from ddp_circles import loop
-    from ddp_circles.job import watch as health
-
-    health.GRACE_SECONDS, health.WITNESS_SECONDS = 5.0, 1.5
+    watch.GRACE_SECONDS, watch.WITNESS_SECONDS = 5.0, 1.5
     original, evaluations = loop.evaluate, 0
 
     def evaluate(*arguments: Any) -> Any:

@@ -1,5 +1,6 @@
 """The user's own model and data, trained from a script: again and again, with mistakes, and to be continued."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,6 @@ def quietly(**settings: object) -> Config:
 
 def train_folds(folder: Path, folds: int, name_folders: bool) -> list[tuple[str, str]]:
     """Each fold's run directory and loss; every fold has data of its own."""
-    import os
-
     os.chdir(folder)
     found = []
     for fold in range(folds):
@@ -58,8 +57,6 @@ def test_many_trainings_in_one_script(tmp_path: Path, name_folders: bool, agent_
 
 
 def train_on_data_of(seeds: dict[int, int], run_dir: Path) -> None:
-    import os
-
     fit(quietly(run_dir=run_dir), model=model(), data=samples(seeds[int(os.environ["RANK"])]))
 
 

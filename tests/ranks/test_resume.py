@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from ddp_circles.records import run_dir as run_dirs
 from ddp_circles.records.checkpoint import Checkpoints
+from ddp_circles.records.recorder import Recorder
 from tests.harness.ranks import Job, Outcome
 from tests.harness.runs import (
     PLAIN,
@@ -245,10 +248,6 @@ def test_without_a_good_checkpoint_nothing_starts_over_by_itself(tmp_path: Path)
 
 def train_on_a_full_disk(limit: int, after_saves: int, *flags: object) -> None:
     """From some checkpoint on no file may grow beyond `limit` bytes."""
-    import resource
-
-    from ddp_circles.records.recorder import Recorder
-
     original, saves = Recorder.save_or_raise, 0
 
     def save(self: Any, progress: Any) -> None:
@@ -283,18 +282,14 @@ def test_a_full_disk_costs_checkpoints_and_not_the_training(tmp_path: Path) -> N
 
 
 def train_impatiently(*flags: object) -> None:
-    from ddp_circles.records import run_dir
-
-    run_dir.LOCK_WAIT_SECONDS = 0.2
+    run_dirs.LOCK_WAIT_SECONDS = 0.2
     train_hastily(*flags)
 
 
 def test_a_second_start_on_the_same_directory_names_the_holder(tmp_path: Path) -> None:
     long = (*TINY, "--epochs=100000")
     with start(1, tmp_path, *long) as holder:
-        while "start: " not in holder.output(0):
-            holder.processes[0].join(0.05)
-            assert holder.processes[0].is_alive(), holder.output(0)
+        holder.wait_until(lambda: "start: " in holder.output(0))
         with Job(train_impatiently, 2, "--run-dir", tmp_path, *QUIET, *long) as late:
             first, second = late.wait(60)
         assert_refused(first, f"--run-dir {tmp_path} is in use by process {holder.processes[0].pid} on ")

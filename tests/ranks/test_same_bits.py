@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddp_circles.config import Config
+from ddp_circles import Config, Dataset, Split, fit
+from ddp_circles.exact import ExactReducer
 from ddp_circles.sharding import TensorSampler
 from tests.harness.ranks import Job, run_ranks, train
 from tests.harness.runs import PLAIN, QUIET, Bits, bits, checkpoint_steps, finish, run, status
@@ -77,8 +78,6 @@ def test_different_seeds_train_differently(tmp_path: Path, alone: Oracle) -> Non
 
 def train_counting_buckets(*flags: object) -> None:
     """Train, and print how many parameters each bucket held."""
-    from ddp_circles.exact import ExactReducer
-
     original, buckets = ExactReducer.reduce_bucket, []
 
     def counting(self: ExactReducer, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
@@ -110,8 +109,6 @@ def test_rebuilt_buckets_do_not_change_a_bit(tmp_path: Path, alone: Oracle) -> N
 
 
 def train_model(run_dir: Path, model: nn.Module, micro_batches: int) -> None:
-    from ddp_circles import fit
-
     config = Config(run_dir=run_dir, n_samples=50, epochs=2, micro_batches=micro_batches, wandb="disabled", plots=False)
     fit(config, model=model)
 
@@ -191,8 +188,6 @@ BATCH, OUTLIER = 10, 17
 
 def train_with_outlier(run_dir: Path, value: float) -> None:
     """One sample of the first epoch is far out: one micro-batch of one rank sees it."""
-    from ddp_circles import Dataset, Split, fit
-
     inputs = torch.ones(60, 2)
     inputs[OUTLIER] = value
     samples = Dataset(inputs, torch.arange(60) % 2.0)

@@ -1,5 +1,6 @@
 """What a step costs, as counts that no noise can change: calls, collectives, reads from the device."""
 
+import gc
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ddp_circles import Config, fit, loop
 from tests.harness.ranks import run_ranks
 
 STEPS_PER_EPOCH = 13
@@ -17,8 +19,6 @@ STEPS_PER_EPOCH = 13
 
 def counted_run(folder: Path, epochs: int, settings: dict[str, Any]) -> Counter[str]:
     """Train quietly and count, in the training alone, calls of any kind, all-reduces, and reads of tensors."""
-    from ddp_circles import Config, fit, loop
-
     counts: Counter[str] = Counter()
     inside = False
 
@@ -92,11 +92,7 @@ def test_memory_does_not_grow_with_the_steps(tmp_path: Path) -> None:
 
 
 def held_objects(folder: Path, epochs: int) -> int:
-    """How many tensors are alive after a training."""
-    import gc
-
-    from ddp_circles import Config, fit
-
+    """The number of tensors that are alive after a training."""
     result = fit(Config(run_dir=folder, epochs=epochs, wandb="disabled", plots=False, log_every=1000))
     gc.collect()
     assert result.metrics["epoch"] == epochs - 1

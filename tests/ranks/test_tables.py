@@ -25,15 +25,27 @@ def published(name: str) -> list[str]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", ["model_1", "model_3", "model_4"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("model_4", size) for size in (1, 2, 3, 4)),
+        *((name, size) for name in ("model_1", "model_3") for size in (1, 2)),
+        *(pytest.param(name, size, marks=pytest.mark.thorough) for name in ("model_1", "model_3") for size in (3, 4)),
+    ],
+)
 def test_every_published_row_is_printed(name: str, size: int, tmp_path: Path) -> None:
     through_last_row = () if size == 1 else ("--epochs", TABLES[name][-1][0] + 1)
     assert printed(size, tmp_path, "--recipe", name, *through_last_row) == published(name)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name, size", [("model_1", 2), ("model_1", 3), ("model_4", 2), ("model_4", 3), ("model_4", 4)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("model_4", size) for size in (2, 3, 4)),
+        *(pytest.param("model_1", size, marks=pytest.mark.thorough) for size in (2, 3)),
+    ],
+)
 def test_every_published_row_is_printed_in_fast_mode(name: str, size: int, tmp_path: Path) -> None:
     through_last_row = ("--epochs", TABLES[name][-1][0] + 1)
     assert printed(size, tmp_path, "--recipe", name, "--reduction", "fast", *through_last_row) == published(name)

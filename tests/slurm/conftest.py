@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.harness.cluster import Cluster, why_not
-from tests.harness.training import Training, Undisturbed, run_undisturbed
+from tests.harness.runs import PLAIN, Bits, finish
+from tests.harness.training import SETTINGS, Training
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +21,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """What one plain process makes of the settings that all runs here share."""
-    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "run")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Bits:
+    """The bits of one plain process with the settings that all runs here share."""
+    return finish(PLAIN, tmp_path_factory.mktemp("undisturbed"), *SETTINGS)
 
 
 @pytest.fixture

@@ -1,23 +1,22 @@
 """`launch/multi_node.sh`: several nodes without a scheduler, played by several agents on this machine."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.harness.cluster import wait_until
 from tests.harness.ranks import free_port
-from tests.harness.training import EPOCHS, PROJECT, SETTINGS, STEPS_PER_EPOCH, Undisturbed, read_rows
+from tests.harness.runs import PROJECT, QUIET, Bits, Command, bits
+from tests.harness.training import EPOCHS, SETTINGS, STEPS_PER_EPOCH, epochs_done
 
 pytestmark = pytest.mark.timeout(300)
 
-Launch = Callable[..., subprocess.Popen[str]]
+Launch = Callable[..., Command]
 MIDDLE = EPOCHS // 2 * STEPS_PER_EPOCH
 
 
@@ -32,83 +31,57 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    """Where the nodes meet."""
+    """The port where the nodes meet."""
     return free_port()
 
 
 @pytest.fixture
 def launch(folder: Path, port: int) -> Iterator[Launch]:
     """Starts one node's agent; those that are left at the end are killed with all that they started."""
-    agents: list[subprocess.Popen[str]] = []
+    with ExitStack() as agents:
 
-    def start(*arguments: str, nodes: str, **variables: str) -> subprocess.Popen[str]:
-        fixed = ["--nodes", nodes, "--head", f"127.0.0.1:{port}", "--id", "run-1", "--ranks", "1"]
-        flags = [*SETTINGS, "--wandb=disabled", "--checkpoint-steps=10", *arguments]
-        agents.append(
-            subprocess.Popen(
-                ["bash", "launch/multi_node.sh", *fixed, "--", *flags],
-                cwd=folder,
-                env=os.environ | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
-        return agents[-1]
+        def start(name: str, *arguments: str, nodes: str, **variables: str) -> Command:
+            fixed = ["--nodes", nodes, "--head", f"127.0.0.1:{port}", "--id", "run-1", "--ranks", "1"]
+            flags = [*QUIET, *SETTINGS, "--checkpoint-steps=10", *arguments]
+            words = ["bash", "launch/multi_node.sh", *fixed, "--", *flags]
+            return agents.enter_context(Command(folder / name, *words, cwd=folder, variables=variables))
 
-    yield start
-    for agent in agents:
-        kill_all_of(agent)
-        agent.communicate(timeout=40)
+        yield start
 
 
-def kill_all_of(agent: subprocess.Popen[str]) -> None:
-    """End a node: its agent and everything that it started, without a word to anybody."""
-    if agent.poll() is None:
-        for process in [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]:
-            process.send_signal(signal.SIGKILL)
-
-
-def listens(agent: subprocess.Popen[str], port: int) -> bool:
+def listens(agent: Command, port: int) -> bool:
     """Whether this agent is the one at which the nodes meet."""
     sockets = psutil.Process(agent.pid).net_connections("tcp")
     return any(found.status == psutil.CONN_LISTEN and found.laddr.port == port for found in sockets)
 
 
-def model(folder: Path) -> bytes:
-    return (folder / "runs/run-1/model.safetensors").read_bytes()
-
-
+@pytest.mark.thorough
 def test_two_nodes_survive_a_killed_rank_with_the_undisturbed_bits(
-    launch: Launch, folder: Path, undisturbed: Undisturbed
+    launch: Launch, folder: Path, undisturbed: Bits
 ) -> None:
-    agents = [launch(f"--fault=kill@1:{MIDDLE}", nodes="2") for _ in range(2)]
-    printed = [agent.communicate(timeout=240)[0] for agent in agents]
-
-    assert [agent.returncode for agent in agents] == [0, 0], printed
-    assert any(f"continue after step {MIDDLE}: 2 ranks on 2 nodes" in text for text in printed), printed
-    assert model(folder) == undisturbed.model
-    assert read_rows(folder / "runs/run-1") == undisturbed.rows
+    agents = [launch(name, f"--fault=kill@1:{MIDDLE}", nodes="2") for name in ("a", "b")]
+    assert [agent.wait(240) for agent in agents] == [0, 0], [agent.output for agent in agents]
+    continued = f"continue after step {MIDDLE}: 2 ranks on 2 nodes"
+    assert any(continued in agent.output for agent in agents), [agent.output for agent in agents]
+    assert bits(folder / "runs/run-1") == undisturbed
 
 
+@pytest.mark.thorough
 def test_with_a_range_of_nodes_the_others_go_on_without_one_that_is_gone(
-    launch: Launch, folder: Path, port: int, undisturbed: Undisturbed
+    launch: Launch, folder: Path, port: int, undisturbed: Bits
 ) -> None:
     # torchrun reads its options from PET_* too: here, how soon a silent node is given up
     patience = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
-    agents = [launch(nodes="1:2", PET_RDZV_CONF=patience) for _ in range(2)]
+    agents = [launch(name, nodes="1:2", PET_RDZV_CONF=patience) for name in ("a", "b")]
     run_dir = folder / "runs/run-1"
-    wait_until(lambda: len(read_rows(run_dir)) > EPOCHS // 10, "the training is on its way", 120)
+    agents[0].wait_until(lambda: epochs_done(run_dir) > EPOCHS // 10)
     (head,) = [agent for agent in agents if listens(agent, port)]
     (other,) = [agent for agent in agents if agent is not head]
-    kill_all_of(other)
-    printed, _ = head.communicate(timeout=240)
+    other.kill()
 
-    assert head.returncode == 0, printed
-    assert "1 rank" in printed.partition("continue after step")[2], printed
-    assert model(folder) == undisturbed.model
-    assert read_rows(run_dir) == undisturbed.rows
+    assert head.wait(240) == 0, head.output
+    assert "1 rank" in head.output.partition("continue after step")[2], head.output
+    assert bits(run_dir) == undisturbed
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.training import PROJECT
+from tests.harness.runs import PROJECT
 
+PROGRAMS = PROJECT / "tests/harness/programs"
 LATE_LISTENER = """trap "" USR1; kill -USR1 $SUPERVISOR; sleep 0.5
 trap "echo stopped > status; exit 75" USR1; for i in {1..100}; do sleep 0.1; done"""
 """A step that does not hear the first warning, as srun while it starts."""
@@ -62,16 +63,9 @@ def test_what_the_end_of_a_step_means(
         (tmp_path / "status").write_text(before)
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" >> requeued\n')
     (tmp_path / "scontrol").chmod(0o755)
-    script = f"""
-        max_retries=1
-        source {PROJECT}/slurm/supervise.sh
-        export SUPERVISOR=$BASHPID
-        supervise . bash -c 'echo >> steps; {step}'
-    """
     environment = os.environ | {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30
-    )
+    command = ["bash", PROGRAMS / "supervise.sh", PROJECT, step]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == code, done.stdout + done.stderr
     assert line in done.stdout.splitlines()[-1]
     assert len((tmp_path / "steps").read_text().splitlines()) == steps
@@ -91,18 +85,9 @@ def test_what_the_end_of_a_step_means(
     ],
 )
 def test_the_run_directory_is_the_trainers(arguments: str, expected: str) -> None:
-    script = f"source {PROJECT}/slurm/supervise.sh; run_directory runs/7 {arguments}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    words = ["bash", "-c", 'source slurm/supervise.sh; run_directory runs/7 "$@"', "bash", *arguments.split()]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == expected + "\n"
-
-
-FAKE_PYTHON = """#!/bin/sh
-case "$*" in
-*venv*) mkdir -p .venv/bin && ln -sf "$(realpath "$0")" .venv/bin/python3 ;;
-*pip*) echo install >> installs; exit ${PIP_FAILS:-0} ;;
-esac
-"""
-"""Makes no environment and installs nothing, but leaves a line for each try."""
 
 
 def test_an_installation_that_fails_is_tried_again_and_one_that_is_there_is_kept(tmp_path: Path) -> None:
@@ -110,8 +95,7 @@ def test_an_installation_that_fails_is_tried_again_and_one_that_is_there_is_kept
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(PROJECT / name, tmp_path / name)
     (tmp_path / "tools").mkdir()
-    (tmp_path / "tools/python3").write_text(FAKE_PYTHON)
-    (tmp_path / "tools/python3").chmod(0o755)
+    shutil.copy(PROGRAMS / "python3.sh", tmp_path / "tools/python3")
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv/of the user's own").touch()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.harness.cluster import FINAL_STATES, Cluster, Job
-from tests.harness.training import PROJECT
+from tests.harness.runs import PROJECT
 
 pytestmark = pytest.mark.timeout(400)
 

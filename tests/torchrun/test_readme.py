@@ -18,6 +18,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_every_command_does_what_it_says(tmp_path: Path) -> None:
     (tmp_path / "launch").symlink_to(ROOT / "launch")

@@ -1,28 +1,32 @@
 """Stopped by a signal, in whatever phase: saved, said how to go on, and continued to the bits of a run left alone."""
 
+import os
 import shlex
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from torch.optim import Adam
 
+from ddp_circles import loop
 from ddp_circles.job.stop import STOP_SIGNALS
 from tests.harness.ranks import Job
 from tests.harness.runs import (
+    LAUNCHERS,
     PLAIN,
     QUIET,
     TRAINER,
     Bits,
     Command,
+    Launcher,
     bits,
     checkpoint_steps,
     finish,
     newest_state,
     plain,
+    start,
     status,
     torchrun,
     train_hastily,
@@ -45,38 +49,39 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Bits:
 
 def signal_in_training(number: int, step: int, *flags: object) -> None:
     """The last rank is signalled while it takes optimizer step `step`, counted from 0 in this start."""
-    import os
-
-    from torch.optim import Adam
-
-    original, steps = Adam.step, 0
+    original, steps, is_last = Adam.step, 0, is_last_rank()
 
     def take_step(*arguments: Any) -> Any:
         nonlocal steps
-        if steps == step and int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        if steps == step and is_last:
             signal.raise_signal(number)
         steps += 1
         return original(*arguments)
 
     setattr(Adam, "step", take_step)  # noqa: B010 - a plain assignment has another type
+    train_plain_or_launched(*flags)
+
+
+def is_last_rank() -> bool:
+    return int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+
+
+def train_plain_or_launched(*flags: object) -> None:
+    """Train; a world of one is a process that knows of no launcher."""
     (train_hastily if os.environ["WORLD_SIZE"] != "1" else train_plain)(*flags)
 
 
 def signal_in_evaluation(number: int, *flags: object) -> None:
     """The last rank is signalled at the beginning of its first evaluation."""
-    import os
-
-    from ddp_circles import loop
-
-    original = loop.evaluate
+    original, is_last = loop.evaluate, is_last_rank()
 
     def evaluate(*arguments: Any) -> Any:
-        if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        if is_last:
             signal.raise_signal(number)
         return original(*arguments)
 
     setattr(loop, "evaluate", evaluate)  # noqa: B010 - a plain assignment has another type
-    (train_hastily if os.environ["WORLD_SIZE"] != "1" else train_plain)(*flags)
+    train_plain_or_launched(*flags)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -122,7 +127,7 @@ def test_fast_runs_stop_where_the_ranks_agree(tmp_path: Path) -> None:
     assert (status(tmp_path), checkpoint_steps(tmp_path)[0]) == ("stopped", 64)
 
 
-# ---- real processes
+# ---- whole processes
 
 
 def signals(pid: int, kind: str) -> int:
@@ -136,57 +141,65 @@ def listens(pid: int) -> bool:
     return bool(signals(pid, "SigCgt") >> (STOP_SIGNALS[-1] - 1) & 1)
 
 
-def has_loaded_torch(process: psutil.Process) -> bool:
-    return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+def has_loaded_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def stop_before_torch_is_there(folder: Path, number: int, *extra: str) -> str:
+    """Send a stop signal as soon as it is caught; returns the command that is printed."""
+    run_dir = folder / "run"
+    with plain(folder / "log", run_dir, *TINY, *extra) as command:
+        command.wait_until(lambda: listens(command.pid))
+        early = not has_loaded_torch(command.pid)
+        command.signal(number)
+        assert command.wait(120) == 75
+    assert early
+    assert status(run_dir) == "stopped"
+    assert checkpoint_steps(run_dir)[0] == 1
+    said, _, printed = command.output.strip().splitlines()[-1].partition("; to continue: ")
+    assert said == "stopped after step 1"
+    expected = [sys.executable, *TRAINER, "--run-dir", str(run_dir), *QUIET, *TINY, *extra]
+    assert shlex.split(printed)[: len(expected)] == expected
+    return printed
 
 
 def test_stopped_before_torch_is_there_and_continued_by_the_printed_command(tmp_path: Path, alone: Bits) -> None:
-    commands = {}
-    for number in STOP_SIGNALS:
-        run_dir = tmp_path / f"run {number}"
-        extra = ("--resume=never",) if number == signal.SIGINT else ()
-        with plain(tmp_path / f"log {number}", run_dir, *TINY, *extra) as command:
-            process = psutil.Process(command.process.pid)
-            command.wait_until(partial(listens, process.pid))
-            early = not has_loaded_torch(process)
-            process.send_signal(number)
-            assert command.wait(120) == 75
-        assert early
-        assert status(run_dir) == "stopped"
-        assert checkpoint_steps(run_dir)[0] == 1
-        said, _, commands[number] = command.output.strip().splitlines()[-1].partition("; to continue: ")
-        assert said == "stopped after step 1"
-        expected = [sys.executable, *TRAINER, "--run-dir", str(run_dir), *QUIET, *TINY, *extra]
-        assert shlex.split(commands[number])[: len(expected)] == expected
-
-    with Command(tmp_path / "log", "sh", "-c", commands[signal.SIGINT]) as command:
+    printed = stop_before_torch_is_there(tmp_path, signal.SIGINT, "--resume=never")
+    with Command(tmp_path / "log", "sh", "-c", printed) as command:
         assert command.wait(120) == 0
     assert "continue after step 1" in command.output
-    assert bits(tmp_path / f"run {signal.SIGINT}") == alone
-    assert finish(2, tmp_path / f"run {signal.SIGTERM}", *TINY) == alone
+    assert bits(tmp_path / "run") == alone
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_before_torch_is_there_by_the_other_signals(tmp_path: Path, alone: Bits, number: int) -> None:
+    stop_before_torch_is_there(tmp_path, number)
+    assert finish(2, tmp_path / "run", *TINY) == alone
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     """The training is stuck, so that the first one alone does nothing."""
-    with plain(tmp_path / "log", tmp_path / "run", *LONG, "--fault=stall@0:20") as command:
-        command.wait_until((tmp_path / "run" / "fault").exists)
-        command.process.send_signal(signal.SIGINT)
-        command.wait_until(lambda: not signals(command.process.pid, "ShdPnd"))
-        command.process.send_signal(signal.SIGINT)
-        assert command.wait(10) == -signal.SIGINT
-    assert "Traceback" not in command.output
+    with start(PLAIN, tmp_path, *LONG, "--fault=stall@0:20") as job:
+        pid = job.processes[0].pid
+        job.wait_until((tmp_path / "fault").exists)
+        job.signal(signal.SIGINT)
+        job.wait_until(lambda: not signals(pid, "ShdPnd") >> (signal.SIGINT - 1) & 1)
+        job.signal(signal.SIGINT)
+        (outcome,) = job.wait(10)
+    assert outcome.code == -signal.SIGINT
+    assert "Traceback" not in outcome.output
 
 
 def test_a_stop_of_torchrun_stops_its_workers_and_prints_its_command(tmp_path: Path, alone: Bits) -> None:
     """Without a run directory given: the command names the one that was found."""
-    log, run_dir = tmp_path / "log", tmp_path / "runs" / "demo run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
-    launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=demo run"]
-    with Command(log, *launcher, *TRAINER, *QUIET, *LONG, cwd=tmp_path) as command:
+    run_dir = tmp_path / "runs" / "demo run"
+    options = ["--max-restarts=3", "--rdzv-id=demo run"]
+    with torchrun(tmp_path / "log", 2, None, *LONG, options=options, cwd=tmp_path) as command:
         command.wait_until(
             lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0
         )
-        command.process.send_signal(signal.SIGTERM)
+        command.signal(signal.SIGTERM)
         assert command.wait(90) != 0
         assert command.workers() == []
     assert status(run_dir) == "stopped"
@@ -199,10 +212,11 @@ def test_a_stop_of_torchrun_stops_its_workers_and_prints_its_command(tmp_path: P
     assert finish(3, run_dir, *LONG, f"--epochs={epochs}").rows[:4] == alone.rows
 
 
-def test_a_stop_of_one_worker_stops_them_all_and_torchrun_ends_well(tmp_path: Path) -> None:
-    with torchrun(tmp_path / "log", 2, tmp_path / "run", *LONG, options=("--max-restarts=3",)) as command:
-        command.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
-        command.workers()[1].send_signal(signal.SIGUSR1)
-        assert command.wait(90) == 0
+@pytest.mark.parametrize("launch", LAUNCHERS)
+def test_a_stop_of_one_worker_stops_them_all_and_the_launcher_ends_well(launch: Launcher, tmp_path: Path) -> None:
+    with launch(tmp_path / "log", 2, tmp_path / "run", *LONG, options=["--max-restarts=3"]) as job:
+        job.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
+        job.workers()[1].send_signal(signal.SIGUSR1)
+        assert job.wait(90) == 0
     assert status(tmp_path / "run") == "stopped"
-    assert command.output.count("start: ") == 1
+    assert job.output.count("start: ") == 1
