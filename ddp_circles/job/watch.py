@@ -3,26 +3,18 @@
 import contextlib
 import json
 import os
-import select
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
 from torch._C._distributed_c10d import Store
 
 from ddp_circles.job.ranks import Ranks, parent_at_start
-from ddp_circles.job.stop import STOP_SIGNALS
 
 BEAT_SECONDS = 1.0
-LOOK_SECONDS = 0.5
-"""Between two looks of the guard at the clock and at the latest news."""
 GRACE_SECONDS = 7.0
 """Time for a rank to end by itself once the job has failed."""
 WITNESS_SECONDS = 3.0
@@ -74,9 +66,11 @@ class Watch:
         self._others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
         self._launcher = parent_at_start()
         self._store: Store | None = None
-        self._position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
+        self.position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
+        """Phase, epoch, step, and the time of the mark."""
         self._beats = 0
-        self._news = ""
+        self.news = ""
+        """The reason why this process should not go on, as of the last heartbeat; empty if it should."""
         self._verdict = ""
         self._speaking = threading.Lock()
         self._over = threading.Event()
@@ -101,7 +95,7 @@ class Watch:
 
     def mark(self, phase: str, epoch: int, step: int) -> None:
         """Note where this rank is; cheap enough for every step."""
-        self._position = (phase, epoch, step, time.time())
+        self.position = (phase, epoch, step, time.time())
 
     def say(self, line: str) -> None:
         """Print `line` on standard error, labelled with the rank."""
@@ -127,48 +121,6 @@ class Watch:
         finally:
             sys.stdout.flush()
             os._exit(1)
-
-    @contextmanager
-    def guarding(self, patience: float, tell: Callable[[str, str, str], None]) -> Iterator[None]:
-        """Meanwhile `end` the process, from a thread, as soon as there is nothing left to wait for; main thread only.
-
-        That is after `patience` seconds without a new `mark`, when another rank has ended or the store is gone, and on
-        a stop signal. A thread, because a rank that is caught in a collective runs neither its own code nor its signal
-        handlers. `tell` is called with the reason, this rank's last word and who is missing.
-        """
-        readable, writable = os.pipe()
-        os.set_blocking(writable, False)
-        fd_before = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-        guard = threading.Thread(target=self._guard, args=(readable, patience, tell), name="guard", daemon=True)
-        guard.start()
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(fd_before)
-            os.close(writable)
-            guard.join()
-            os.close(readable)
-
-    def _guard(self, readable: int, patience: float, tell: Callable[[str, str, str], None]) -> None:
-        position, since = self._position, time.monotonic()
-        while True:
-            ready, _, _ = select.select([readable], [], [], LOOK_SECONDS)
-            signals = os.read(readable, 64) if ready else b""
-            if ready and not signals:  # the other end is closed
-                return
-            if self._position is not position:
-                position, since = self._position, time.monotonic()
-            idle = time.monotonic() - since
-            asked = [number for number in signals if number in STOP_SIGNALS]
-            if asked:
-                reason = f"asked to end by {signal.Signals(asked[0]).name}"
-            elif idle > patience:
-                reason = f"no progress since {position[0]}, step {position[2]}, for {idle:.0f} s"
-            else:
-                reason = self._news.partition(":")[0]
-            if reason:
-                word = WAITED if waiting or idle < patience / 2 else f"hangs in {_place_of_main_thread()}"
-                self.end(word, partial(tell, reason, word))
 
     def _speak(self, word: str, tell: Tell | None, seconds: float) -> None:
         told = threading.Event()
@@ -277,14 +229,14 @@ class Watch:
         while not self._over.wait(BEAT_SECONDS):
             if os.getppid() != self._launcher:
                 self._end_unless_speaking("its launcher is gone")
-            self._news = self._exchange()
-            if not self._news:
+            self.news = self._exchange()
+            if not self.news:
                 doomed_since = None
                 continue
             now = time.monotonic()
             doomed_since = doomed_since or now
             if now - doomed_since > GRACE_SECONDS:
-                self._end_unless_speaking(self._news)
+                self._end_unless_speaking(self.news)
 
     def _exchange(self) -> str:
         """Leave a heartbeat; returns why this process should not go on, nothing if it should."""
@@ -301,7 +253,7 @@ class Watch:
             return "the store of the job is gone"
 
     def _beat(self, store: Store) -> None:
-        phase, epoch, step, since = self._position
+        phase, epoch, step, since = self.position
         self._beats += 1
         place = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
         store.set(f"beat/{self._ranks.rank}", json.dumps(place | {"count": self._beats}))
@@ -314,10 +266,3 @@ class Watch:
     def _end_process(self, reason: str) -> NoReturn:
         self.say(f"{reason}; ending this process")
         os._exit(1)
-
-
-def _place_of_main_thread() -> str:
-    """The function that the main thread is in, for people to read."""
-    frame = sys._current_frames()[threading.main_thread().ident or 0]  # noqa: SLF001 - there is no other way
-    code = frame.f_code
-    return f"{code.co_name} ({Path(code.co_filename).name}, line {frame.f_lineno})"

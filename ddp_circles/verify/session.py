@@ -23,6 +23,7 @@ from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.watch import NOBODY, WAITED, Watch
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
 from ddp_circles.verify import collectives, oracle, speed, verdict
+from ddp_circles.verify.alarm import alarm
 from ddp_circles.verify.board import Board
 from ddp_circles.verify.collectives import DTYPES, Case, Wrong
 from ddp_circles.verify.injection import Trouble
@@ -49,7 +50,7 @@ def verify(settings: Settings, ranks: Ranks) -> int:
     with Watch(ranks) as watch, open_world(ranks, settings.device, settings.backend, settings.timeout) as world:
         watch.connect(world.store)
         session = Session(settings, world, watch, trouble)
-        with watch.guarding(settings.timeout - LAST_WORDS_SECONDS, session.tell_end):
+        with alarm(watch, settings.timeout - LAST_WORDS_SECONDS, session.tell_end):
             try:
                 return session.run()
             except UserError:
