@@ -3,13 +3,17 @@
 Floating-point addition is not associative: the sum of the ranks' gradients depends on how many ranks there are and on
 the order in which the network adds them. Integer addition is associative. So each micro-batch's gradient is rounded, by
 itself, to a multiple of 2^-44 held in an int64; these integers are added on the rank, then over all ranks, and turned
-back into float32 once. Which rank ran a micro-batch, and in which order they were added, cannot change a bit. The
-resolution, 5.7e-14, is finer than the rounding of float32 for every gradient above 1e-6 (over whole trainings of the
-default recipe, `model_3` and `model_4`, the weights were those of float64 sums, to the bit); the range is 2^62 / V
-units for each of V micro-batches, 32768 at V = 8, and a value outside it is counted in an integer that travels with the
-sum, so that all ranks raise the same error at the same step instead of wrapping round. The cost: eight bytes instead of
-four for each gradient on the wire, a few element-wise operations for each micro-batch, and V small backward passes
-instead of one large one. Loss, right answers, the range guard and the stop flag ride in the same collective.
+back into float32 once. Neither the rank that runs a micro-batch nor the order of addition can change a bit.
+
+Resolution: 5.7e-14 is finer than the rounding of float32 for every gradient above 1e-6. Over whole trainings of the
+default recipe, `model_3` and `model_4`, the weights were those of float64 sums, to the bit.
+
+Range: 2^62 / V units for each of V micro-batches, 32768 at V = 8. A value outside it is counted in an integer that
+travels with the sum, so that all ranks raise the same error at the same step instead of wrapping round.
+
+Cost: eight bytes instead of four for each gradient on the wire, a few element-wise operations for each micro-batch, and
+V small backward passes instead of one large one. Loss, right answers, the range guard and the stop flag ride in the
+same collective.
 """
 
 # DistributedDataParallel compares the annotation objects of its hook: no postponed annotations in this module.
