@@ -61,7 +61,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the thorough tests without `--all`, and the long rehearsals unless `-m` speaks of them.
 
-    The tests that take longest come first, lest a lane is left alone with them; those on the Slurm cluster share a lane.
+    The tests that take longest come first, lest one lane is left with them; those on the Slurm cluster share a lane.
     """
     items.sort(key=lambda item: item.path.parent.name not in LONGEST)
     for item in items:
