@@ -18,6 +18,7 @@ SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FO
 """pytest's own, and those that scikit-learn and torch set when they are imported."""
 GRACE_SECONDS = 5.0
 """The time that processes and threads which a test has ended may take to be gone."""
+LONGEST = ("slurm", "torchrun")
 MOST_LANES = 5
 """Each starts torch twice."""
 
@@ -60,8 +61,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the thorough tests without `--all`, and the long rehearsals unless `-m` speaks of them.
 
-    All tests on the Slurm cluster share one, in one lane.
+    The tests that take longest come first, lest one lane is left with them; those on the Slurm cluster share a lane.
     """
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("slurm"))

@@ -25,7 +25,7 @@ from typing import Self
 import psutil
 
 PATH = "/usr/local/sbin:/usr/sbin:/sbin"
-"""Where the daemons lie, which is seldom in a user's PATH."""
+"""Folders of the daemons, which are seldom in a user's PATH."""
 
 FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"})
 CGROUPS = Path("/sys/fs/cgroup")
@@ -88,7 +88,7 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """What `scontrol show job` says at one moment."""
+    """A job as `scontrol show job` shows it at one moment."""
 
     fields: Mapping[str, str]
 
@@ -99,7 +99,7 @@ class Job:
 
     @property
     def restarts(self) -> int:
-        """How often the job went back to the queue."""
+        """The number of times that the job went back to the queue."""
         return int(self.fields["Restarts"])
 
     @property

@@ -43,13 +43,13 @@ LAUNCHER_VARIABLES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one rank ended."""
+    """The end of one rank."""
 
     rank: int
     code: int | None
     """Exit code, negative for a signal, None if it hung and was killed."""
     value: Any
-    """What the function returned."""
+    """The function's result."""
     output: str
     """Standard output and error, with the traceback of what it raised."""
 
@@ -218,6 +218,6 @@ def train(*flags: object) -> None:
 
 
 def train_on(size: int, *flags: object, timeout: float = 180.0) -> list[Outcome]:
-    """How the trainer's command line ends on each of `size` ranks."""
+    """Run the trainer's command line on `size` ranks to its end."""
     with Job(train, size, *flags) as job:
         return job.wait(timeout)

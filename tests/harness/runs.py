@@ -1,4 +1,4 @@
-"""Whole runs of the trainer's command line, in quick ranks or as real commands, and what nothing may change in them."""
+"""Whole runs of the trainer's command line: in quick ranks, as real commands, under launchers; and their results."""
 
 import contextlib
 import hashlib
@@ -32,12 +32,12 @@ PLAIN = 0
 QUIET = ("--wandb=disabled", "--no-plots", "--log-every=1000000", "--device=cpu")
 TRAINER = ("-m", "ddp_circles.train")
 FIGURES = ("epoch", "step", "train/loss", "train/accuracy", "test/loss", "test/accuracy")
-"""What a metrics line says that does not depend on the clock."""
+"""The figures of a metrics line that do not depend on the clock."""
 
 
 @dataclass(frozen=True)
 class Bits:
-    """What two runs of the same settings must have in common."""
+    """Results that two runs of the same settings must have in common."""
 
     model: str
     """SHA-256 of model.safetensors."""
@@ -73,7 +73,7 @@ def checkpoint_steps(run_dir: Path) -> list[int]:
 
 
 def newest_state(run_dir: Path) -> State:
-    """What the newest checkpoint holds."""
+    """The content of the newest checkpoint."""
     return decode(Checkpoints(run_dir / "checkpoints").files()[0].read_bytes())
 
 
@@ -87,7 +87,7 @@ def start(
 
 
 def run(size: int, run_dir: Path, *flags: object, timeout: float = 180.0) -> list[Outcome]:
-    """How each of `size` ranks ends that trains in `run_dir`."""
+    """Train in `run_dir` on `size` ranks until all of them have ended."""
     with start(size, run_dir, *flags) as job:
         return job.wait(timeout)
 

@@ -34,7 +34,7 @@ class Training:
     cluster: Cluster
     job_id: str
     folder: Path
-    """Where it runs, and prints to."""
+    """The folder in which it runs and prints."""
 
     @classmethod
     def submit(
@@ -72,7 +72,7 @@ class Training:
 
     @property
     def log(self) -> str:
-        """What the job has printed."""
+        """The text that the job has printed."""
         file = self.folder / f"circles-{self.job_id}.out"
         return file.read_text() if file.exists() else ""
 
@@ -151,7 +151,7 @@ class Training:
 
 
 def _is_told_to_stop(trainer: psutil.Process) -> bool:
-    """Whether USR1 or TERM waits for a process that is held, or has already set it going again."""
+    """Return true if USR1 or TERM is pending for a process that is held, or has already set it going again."""
     try:
         if trainer.status() != psutil.STATUS_STOPPED:
             return True

@@ -1,4 +1,4 @@
-"""What the user can put right is said once, by rank 0, naming the flag; every rank leaves with exit code 2."""
+"""A user's mistake is reported once, by rank 0, with the flag to change; every rank leaves with exit code 2."""
 
 import os
 import re
@@ -18,7 +18,7 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def refused(*flags: object, environment: dict[str, str] | None = None) -> list[Outcome]:
-    """How a start with bad input ends; once rank 0 has left, the others are told to, as torchrun tells them."""
+    """Start with bad input; once rank 0 has left, the others are told to, as torchrun tells them."""
     with Job(train, SIZE, *flags, environment=environment) as job:
         job.processes[0].join(60)
         job.signal(signal.SIGTERM, *range(1, SIZE))

@@ -1,4 +1,4 @@
-"""What a step costs, as counts that no noise can change: calls, collectives, reads from the device."""
+"""The cost of a step in counts that no noise can change: calls, collectives, reads from the device."""
 
 import gc
 import sys

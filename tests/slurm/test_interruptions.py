@@ -1,4 +1,4 @@
-"""What interrupts a job costs it time, and nothing else: the batch scripts, run by a real Slurm.
+"""Interruptions cost a job time, and nothing else: the batch scripts, run by a real Slurm.
 
 A job spends most of its time waiting for Slurm, so the interruptions are rehearsed side by side; each test then waits
 for its own.
@@ -88,7 +88,7 @@ INTERRUPTIONS = {
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """How an interrupted job went."""
+    """The course of an interrupted job."""
 
     training: Training
     job: Job

@@ -50,7 +50,7 @@ def launch(folder: Path, port: int) -> Iterator[Launch]:
 
 
 def listens(agent: Command, port: int) -> bool:
-    """Whether this agent is the one at which the nodes meet."""
+    """Return true if this agent is the one at which the nodes meet."""
     sockets = psutil.Process(agent.pid).net_connections("tcp")
     return any(found.status == psutil.CONN_LISTEN and found.laddr.port == port for found in sockets)
 

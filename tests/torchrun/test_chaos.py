@@ -44,7 +44,7 @@ def newest_step(run_dir: Path) -> int:
 
 
 def has_reached(run_dir: Path, step: int) -> bool:
-    """Whether there is a checkpoint of `step` or later; the names are read first, which costs less."""
+    """Look for a checkpoint of `step` or later; by name first, which costs less."""
     return max(checkpoint_steps(run_dir), default=-1) >= step and newest_step(run_dir) >= step
 
 

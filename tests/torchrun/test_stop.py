@@ -137,7 +137,7 @@ def signals(pid: int, kind: str) -> int:
 
 
 def listens(pid: int) -> bool:
-    """Whether the process has taken over the last of the three signals; Python itself catches SIGINT."""
+    """Return true once the process has taken over the last of the three signals; Python itself catches SIGINT."""
     return bool(signals(pid, "SigCgt") >> (STOP_SIGNALS[-1] - 1) & 1)
 
 
