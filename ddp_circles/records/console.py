@@ -18,8 +18,21 @@ class Console:
 
     def __init__(self, every: int, total_epochs: int) -> None:
         self._every = every
-        self._bar = _make_bar(total_epochs) if sys.stderr.isatty() else None
         self._drawn_at = 0.0
+        terminal = Terminal(stderr=True)
+        terminal.quiet = not sys.stderr.isatty() or terminal.is_dumb_terminal
+        self._bar = Progress(
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=terminal,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # prints above the bar; elsewhere it would print to standard error
+            disable=terminal.quiet,
+        )
+        self._epochs = self._bar.add_task("epoch", total=total_epochs)
 
     def log(self, row: Row) -> None:
         """Print the line if it is due, and draw the bar."""
@@ -28,34 +41,12 @@ class Console:
                 f"Epoch: {row['epoch']} | Loss: {row['train/loss']:.5f}, Acc: {row['train/accuracy'] * 100:.2f}% | "
                 f"Test loss: {row['test/loss']:.5f}, Test acc: {row['test/accuracy'] * 100:.2f}%"
             )
-        self._draw(int(row["epoch"]) + 1)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _draw(self, epochs_done: int) -> None:
-        if self._bar is None:
-            return
-        self._bar.update(self._bar.task_ids[0], completed=epochs_done)
+        self._bar.update(self._epochs, completed=row["epoch"] + 1)
         if time.monotonic() - self._drawn_at > BAR_SECONDS:
             self._bar.start()  # does nothing while it is on
             self._bar.refresh()
             self._drawn_at = time.monotonic()
 
-
-def _make_bar(total_epochs: int) -> Progress:
-    bar = Progress(
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=Terminal(stderr=True),
-        auto_refresh=False,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # prints above the bar; elsewhere it would print to standard error
-    )
-    bar.add_task("epoch", total=total_epochs)
-    return bar
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()
