@@ -4,27 +4,24 @@ Every picture is a PNG file with the same bytes for the same figures, whatever t
 """
 
 import copy
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from matplotlib.typing import RcKeyType
 from torch import Tensor, nn
 
 from ddp_circles.data import Dataset, Split
 from ddp_circles.models import correct_count, probabilities_of
-from ddp_circles.records.files import write_atomically
+from ddp_circles.records.files import replacing
 from ddp_circles.records.metrics_file import read_rows
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#7A1F3D", "#56B4E9", "#D55E00", "#F0E442", "#333333")
@@ -39,7 +36,7 @@ GRID = 400
 BATCH = 16384
 """Samples per forward pass."""
 
-STYLE: dict[RcKeyType, Any] = {
+STYLE: dict[str, Any] = {
     "font.size": 12.0,
     "axes.titlesize": 13.0,
     "axes.titlelocation": "left",
@@ -67,6 +64,7 @@ def draw_run(model: nn.Module, split: Split, *, metrics: Path, folder: Path) -> 
         draw_decision_boundary(model, split, folder / "decision_boundary.png")
 
 
+@style.context(STYLE, after_reset=True)
 @torch.inference_mode()
 def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
     """Draw the predictions of `model` everywhere in the plane, under the training points and under the test points.
@@ -78,40 +76,29 @@ def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
     """
     model = copy.deepcopy(model).cpu().eval()
     split = Split(*(samples.to(torch.device("cpu")) for samples in split))
-    with _style():
-        _save(_boundary_figure(model, split), path)
+    _save(_boundary_figure(model, split), path)
 
 
+@style.context(STYLE, after_reset=True)
 def draw_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     """Draw loss and accuracy by epoch, training and test, from the rows of metrics.jsonl.
 
     Raises `OSError` if `path` cannot be written.
     """
-    with _style():
-        figure = Figure(figsize=(10.0, 4.2), layout="constrained")
-        losses, accuracies = figure.subplots(1, 2)
-        _curves(losses, metrics, "loss", scale=1)
-        losses.set(title="Loss", ylabel="Mean loss per sample")
-        _curves(accuracies, metrics, "accuracy", scale=100)
-        accuracies.set(title="Accuracy", ylabel="Right answers (%)")
-        _save(figure, path)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Apply the style of this module, then restore the user's settings."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
-        yield
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    _curves(losses, metrics, "loss", scale=1)
+    losses.set(title="Loss", ylabel="Mean loss per sample")
+    _curves(accuracies, metrics, "accuracy", scale=100)
+    accuracies.set(title="Accuracy", ylabel="Right answers (%)")
+    _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:
     """Store `figure` as PNG."""
-    content = io.BytesIO()
-    # Without the name and version of the program, which would change the bytes.
-    figure.savefig(content, format="png", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+    with replacing(path) as file:
+        # Without the name and version of the program, which would change the bytes.
+        figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def _boundary_figure(model: nn.Module, split: Split) -> Figure:
@@ -126,7 +113,8 @@ def _boundary_figure(model: nn.Module, split: Split) -> Figure:
         _draw_points(axes, samples, classes=len(regions))
         count = len(samples.inputs)
         share = f"\n{POINTS_SHOWN:,} of {count:,} points shown" if count > POINTS_SHOWN else ""
-        axes.set_title(f"{name}: accuracy {_accuracy(model, samples):.2f}%{share}")
+        accuracy = int(correct_count(_logits(model, samples.inputs), samples.targets)) / count * 100
+        axes.set_title(f"{name}: accuracy {accuracy:.2f}%{share}")
         axes.set(xlabel="$x_1$", aspect="equal", xlim=limits[0], ylim=limits[1])
         axes.label_outer()
     panels[0].set_ylabel("$x_2$")
@@ -136,22 +124,16 @@ def _boundary_figure(model: nn.Module, split: Split) -> Figure:
 
 def _limits(split: Split) -> tuple[tuple[float, float], tuple[float, float]]:
     """Choose the part of the plane that both panels show: all points and a margin, neither side very short."""
-    points = torch.cat([samples.inputs for samples in split])
-    low, high = points.amin(dim=0).tolist(), points.amax(dim=0).tolist()
-    middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-    spans = [b - a for a, b in zip(low, high, strict=True)]
-    shortest = max(spans) / 2 or 1.0
-    half = [0.56 * max(span, shortest) for span in spans]
-    return (middle[0] - half[0], middle[0] + half[0]), (middle[1] - half[1], middle[1] + half[1])
+    points = torch.cat([samples.inputs for samples in split]).double()
+    low, high = points.amin(dim=0), points.amax(dim=0)
+    middle, spans = (low + high) / 2, high - low
+    half = 0.56 * spans.clamp(min=float(spans.max()) / 2 or 1.0)
+    (left, bottom), (right, top) = (middle - half).tolist(), (middle + half).tolist()
+    return (left, right), (bottom, top)
 
 
-def _accuracy(model: nn.Module, samples: Dataset) -> float:
-    """Accuracy in percent."""
-    correct = sum(
-        int(correct_count(model(inputs), targets))
-        for inputs, targets in zip(samples.inputs.split(BATCH), samples.targets.split(BATCH), strict=True)
-    )
-    return correct / len(samples.inputs) * 100
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    return torch.cat([model(batch) for batch in inputs.split(BATCH)])
 
 
 def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], dtype: torch.dtype) -> np.ndarray[Any, Any]:
@@ -162,7 +144,7 @@ def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], dtype: t
         torch.linspace(low, high, count, dtype=dtype) for (low, high), count in zip(limits, counts, strict=True)
     )
     places = torch.cartesian_prod(rows, columns).flip(1)
-    probabilities = torch.cat([probabilities_of(model(batch)) for batch in places.split(BATCH)])
+    probabilities = probabilities_of(_logits(model, places))
     if probabilities.ndim == 1:
         probabilities = torch.stack([1 - probabilities, probabilities], dim=1)
     return probabilities.T.reshape(-1, len(rows), len(columns)).numpy()
