@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ddp_circles.errors import UserError
-from ddp_circles.records.files import sweep, write_atomically
+from ddp_circles.records.files import write_atomically
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 KEEP = 3
@@ -59,27 +58,12 @@ class Checkpoints:
                 old.unlink()
         return path
 
-    def load_newest(self) -> tuple[bytes, list[str]]:
-        """The newest good checkpoint's bytes (empty where there is none), and a warning for each one passed over.
-
-        Raises `UserError` if there are checkpoints and all are damaged.
-        """
-        warnings = []
+    def load_newest(self) -> tuple[State, list[str]]:
+        """The newest good checkpoint's state, empty where there is none, and a warning for each one passed over."""
+        warnings: list[str] = []
         for path in self.files():
             try:
-                content = path.read_bytes()
-                decode(content)
+                return decode(path.read_bytes()), warnings
             except (OSError, ValueError) as error:
                 warnings.append(f"checkpoint {path} is passed over: {error}")
-            else:
-                return content, warnings
-        if warnings:
-            raise UserError(
-                "; ".join(warnings) + "; no good checkpoint is left. Start over with another --run-dir, "
-                "or in this one with --resume never"
-            )
-        return b"", []
-
-    def sweep(self) -> None:
-        """Remove the leftovers of killed writes."""
-        sweep(self.folder)
+        return {}, warnings

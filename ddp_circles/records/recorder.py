@@ -1,5 +1,6 @@
 """The loop's surroundings on a rank: heartbeats, planned faults, times; and on rank 0, everything that is written."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ from ddp_circles.job.faults import Rehearsal
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import Watch
 from ddp_circles.metrics import Progress, Tally
-from ddp_circles.records.checkpoint import Checkpoints, State
+from ddp_circles.records.checkpoint import State
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile, Row
-from ddp_circles.records.run_dir import RunDir, Status
+from ddp_circles.records.run_dir import RunDir
 from ddp_circles.records.wandb_follower import WandbFollower
 from ddp_circles.terminal import warn
 
@@ -45,8 +46,8 @@ class Recorder:
     """The events around the loop on one rank.
 
     `writer` is None on ranks other than 0: they keep time and stay silent. `rehearsal` is None where no fault is
-    planned. `steps_per_epoch` turns progress into global steps. `train_seconds` and `metrics` (the last epoch's line)
-    come from the run so far.
+    planned. `steps_per_epoch` turns progress into global steps. `state`: the checkpoint that the run continues from;
+    empty for a new one.
     """
 
     def __init__(
@@ -56,21 +57,19 @@ class Recorder:
         rehearsal: Rehearsal | None,
         writer: Writer | None,
         steps_per_epoch: int,
-        train_seconds: float,
-        metrics: Row,
+        state: State,
     ) -> None:
         self._watch = watch
         self._rehearsal = rehearsal
         self._writer = writer
         self._steps_per_epoch = steps_per_epoch
-        self.train_seconds = train_seconds
-        self.metrics = metrics
-        self._started = self._phase_started = self._saved_at = time.monotonic()
-        self._saved_step = 0
-        self._seen_before = 0
-        self._epoch = 0
+        self.train_seconds: float = state.get("train_seconds", 0.0)
+        self.metrics: Row = state.get("metrics", {})
+        """The last epoch's line."""
         self._training = False
+        self._epoch_began = self._saved_at = 0.0
         self._epoch_train_seconds = 0.0
+        self._seen_before = self._saved_step = 0
 
     def global_step(self, progress: Progress) -> int:
         """Steps done since the run began."""
@@ -80,7 +79,7 @@ class Recorder:
 
     def before_step(self, step: int) -> None:
         """Note the step for the heartbeat, and let a planned fault happen."""
-        self._watch.mark("train", self._epoch, step)
+        self._watch.mark("train", step // self._steps_per_epoch, step)
         if self._rehearsal is not None:
             self._rehearsal.reach(step)
 
@@ -93,11 +92,10 @@ class Recorder:
         now = time.monotonic()
         self._training = name == "train"
         if self._training:
-            self._epoch, self._seen_before, self._started = progress.epoch, progress.train.count, now
+            self._epoch_began, self._seen_before = now, progress.train.count
         else:
-            self._epoch_train_seconds = now - self._phase_started
+            self._epoch_train_seconds = now - self._epoch_began
             self.train_seconds += self._epoch_train_seconds
-        self._phase_started = now
         self._watch.mark(name, progress.epoch, self.global_step(progress))
 
     def epoch_done(self, progress: Progress, test: Tally) -> None:
@@ -111,7 +109,7 @@ class Recorder:
             "test/loss": test.loss,
             "test/accuracy": test.accuracy,
             "train/samples_per_second": trained / max(self._epoch_train_seconds, 1e-9),
-            "seconds": time.monotonic() - self._started,
+            "seconds": time.monotonic() - self._epoch_began,
         }
         if self._writer is not None:
             self._writer.metrics_file.log(self.metrics)
@@ -134,7 +132,7 @@ class Recorder:
             self.save_or_raise(progress)
         except OSError as error:
             warn(f"no checkpoint after step {self.global_step(progress)}: {error}; the older ones stay")
-            self._saved_at, self._saved_step = time.monotonic(), self.global_step(progress)
+        self._saved_at, self._saved_step = time.monotonic(), self.global_step(progress)
 
     def save_or_raise(self, progress: Progress) -> None:
         """Write a checkpoint, after making every metrics line before it durable; raises `OSError`."""
@@ -148,34 +146,28 @@ class Recorder:
             "global_step": step,
             "train": list(astuple(progress.train)),
             "metrics": self.metrics,
-            "train_seconds": self.train_seconds + self._training * (time.monotonic() - self._phase_started),
+            "train_seconds": self.train_seconds + self._training * (time.monotonic() - self._epoch_began),
         }
-        Checkpoints(writer.run_dir.checkpoints).save(state, step)
-        self._saved_at, self._saved_step = time.monotonic(), step
+        writer.run_dir.checkpoints.save(state, step)
 
     # ---- from the beginning of a run to its end
 
     @contextmanager
     def running(self, progress: Progress, config_toml: str) -> Iterator[None]:
         """Keep the file `status` true while the body trains; a first checkpoint is written before it."""
+        writer = self._writer
+        if writer is None:
+            yield
+            return
         try:
-            if self._writer is not None:
-                self._begin(self._writer, progress, config_toml)
+            writer.run_dir.set_status("running")
+            writer.run_dir.write("config.toml", config_toml)
+            self.save(progress)
+            writer.follower.start()
             yield
         except BaseException as error:
-            self._set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
+            writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
             raise
-
-    def _begin(self, writer: Writer, progress: Progress, config_toml: str) -> None:
-        writer.run_dir.set_status("running")
-        writer.run_dir.write_config(config_toml)
-        self._saved_step = self.global_step(progress)
-        self.save(progress)
-        writer.follower.start()
-
-    def _set_status(self, status: Status) -> None:
-        if self._writer is not None:
-            self._writer.run_dir.set_status(status)
 
     def finish(
         self,
@@ -194,7 +186,8 @@ class Recorder:
             return
         self.save_or_raise(progress)
         digest = writer.run_dir.write_model(weights)
-        writer.run_dir.write_summary(dict(self.metrics) | {"weights_sha256": digest} | summary)
+        summary = {**self.metrics, "weights_sha256": digest, **summary}
+        writer.run_dir.write("summary.json", json.dumps(summary, indent=2) + "\n")
         draw()
         writer.run_dir.set_status("finished")
         writer.console.close()
