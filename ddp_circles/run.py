@@ -33,7 +33,6 @@ from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
-from ddp_circles.records.run_dir import RunDir
 from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, new_run_id
 from ddp_circles.terminal import warn
 
@@ -117,7 +116,8 @@ def _fit_in_world(
         rehearsal=Rehearsal(fault, path / "fault", bare) if fault and fault.rank == world.ranks.rank else None,
         writer=_make_writer(config, world, found, bare, optimizer) if world.ranks.is_main else None,
         steps_per_epoch=-(-samples // (config.batch_size or samples)),
-        state=found.state,
+        train_seconds=found.state.get("train_seconds", 0.0),
+        metrics=found.state.get("metrics", {}),
     )
     at_end.callback(recorder.close)
     training = loop.Training(
@@ -141,9 +141,8 @@ def _fit_in_world(
             loop.train(training, epochs=config.epochs, progress=progress)
             recorder.finish(
                 progress,
-                weights=bare.state_dict(),
                 summary=_summary(config, world, found, recorder, progress, samples),
-                draw=partial(_draw, config, bare, split, found.run_dir),
+                draw=partial(_draw, config, bare, split, path),
             )
     except StopRequestedError:
         recorder.close()
@@ -244,12 +243,12 @@ def _summary(
     }
 
 
-def _draw(config: Config, bare: nn.Module, split: Split, run_dir: RunDir) -> None:
+def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
     """Draw the pictures of a finished run; rank 0 alone calls this."""
     if config.plots:
         from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
-        draw_run(bare, split, metrics=run_dir.metrics, folder=run_dir.plots)
+        draw_run(bare, split, run_dir)
 
 
 @contextmanager

@@ -33,8 +33,6 @@ POINTS_SHOWN = 1500
 """Most points drawn in one panel."""
 GRID = 400
 """Grid points along the longer side of the plane, at which the model is evaluated."""
-BATCH = 16384
-"""Samples per forward pass."""
 
 STYLE: dict[str, Any] = {
     "font.size": 12.0,
@@ -56,10 +54,11 @@ STYLE: dict[str, Any] = {
 }
 
 
-def draw_run(model: nn.Module, split: Split, *, metrics: Path, folder: Path) -> None:
-    """Draw the learning curves of a run into `folder` and, for points in the plane, the decision boundary."""
+def draw_run(model: nn.Module, split: Split, run_dir: Path) -> None:
+    """Draw the learning curves of a run and, for points in the plane, the decision boundary."""
+    folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    draw_curves(read_rows(metrics), folder / "curves.png")
+    draw_curves(read_rows(run_dir / "metrics.jsonl"), folder / "curves.png")
     if split.train.inputs.shape[1:] == (2,):
         draw_decision_boundary(model, split, folder / "decision_boundary.png")
 
@@ -76,7 +75,25 @@ def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
     """
     model = copy.deepcopy(model).cpu().eval()
     split = Split(*(samples.to(torch.device("cpu")) for samples in split))
-    _save(_boundary_figure(model, split), path)
+    (left, right), (bottom, top) = limits = _limits(split)
+    regions = _regions(model, limits, split.train.inputs.dtype)
+    classes = len(regions)
+    text_lines = (max(len(samples.inputs) for samples in split) > POINTS_SHOWN) + classes // LEGEND_COLUMNS
+    size = (10.2, 4.5 * (top - bottom) / (right - left) + 1.35 + 0.25 * text_lines)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, name, samples in zip(panels, ("Train", "Test"), split, strict=True):
+        _draw_regions(axes, regions, limits)
+        _draw_points(axes, samples, classes)
+        count = len(samples.inputs)
+        share = f"\n{POINTS_SHOWN:,} of {count:,} points shown" if count > POINTS_SHOWN else ""
+        accuracy = int(correct_count(_logits(model, samples.inputs), samples.targets)) / count * 100
+        axes.set_title(f"{name}: accuracy {accuracy:.2f}%{share}")
+        axes.set(xlabel="$x_1$", aspect="equal", xlim=limits[0], ylim=limits[1])
+        axes.label_outer()
+    panels[0].set_ylabel("$x_2$")
+    _add_legend(figure, classes, boundary=len(np.unique(regions.argmax(axis=0))) > 1)
+    _save(figure, path)
 
 
 @style.context(STYLE, after_reset=True)
@@ -101,27 +118,6 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def _boundary_figure(model: nn.Module, split: Split) -> Figure:
-    (left, right), (bottom, top) = limits = _limits(split)
-    regions = _regions(model, limits, split.train.inputs.dtype)
-    text_lines = (max(len(samples.inputs) for samples in split) > POINTS_SHOWN) + len(regions) // LEGEND_COLUMNS
-    size = (10.2, 4.5 * (top - bottom) / (right - left) + 1.35 + 0.25 * text_lines)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, name, samples in zip(panels, ("Train", "Test"), split, strict=True):
-        _draw_regions(axes, regions, limits)
-        _draw_points(axes, samples, classes=len(regions))
-        count = len(samples.inputs)
-        share = f"\n{POINTS_SHOWN:,} of {count:,} points shown" if count > POINTS_SHOWN else ""
-        accuracy = int(correct_count(_logits(model, samples.inputs), samples.targets)) / count * 100
-        axes.set_title(f"{name}: accuracy {accuracy:.2f}%{share}")
-        axes.set(xlabel="$x_1$", aspect="equal", xlim=limits[0], ylim=limits[1])
-        axes.label_outer()
-    panels[0].set_ylabel("$x_2$")
-    _add_legend(figure, classes=len(regions), boundary=len(np.unique(regions.argmax(axis=0))) > 1)
-    return figure
-
-
 def _limits(split: Split) -> tuple[tuple[float, float], tuple[float, float]]:
     """Choose the part of the plane that both panels show: all points and a margin, neither side very short."""
     points = torch.cat([samples.inputs for samples in split]).double()
@@ -133,7 +129,7 @@ def _limits(split: Split) -> tuple[tuple[float, float], tuple[float, float]]:
 
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    return torch.cat([model(batch) for batch in inputs.split(BATCH)])
+    return torch.cat([model(batch) for batch in inputs.split(16384)])  # bounds the memory that the layers need
 
 
 def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], dtype: torch.dtype) -> np.ndarray[Any, Any]:
@@ -164,7 +160,7 @@ def _draw_regions(axes: Axes, regions: np.ndarray[Any, Any], limits: tuple[tuple
             axes.contour(lead, levels=[0], extent=extent, origin="lower", colors=INK, linewidths=1.4)
 
 
-def _draw_points(axes: Axes, samples: Dataset, *, classes: int) -> None:
+def _draw_points(axes: Axes, samples: Dataset, classes: int) -> None:
     shown = _subset(len(samples.inputs))
     inputs, targets = samples.inputs[shown].numpy(), samples.targets[shown].numpy()
     size = 36 if len(inputs) <= 250 else 24
@@ -181,7 +177,7 @@ def _subset(count: int) -> Tensor:
     return torch.from_numpy(np.sort(chosen))
 
 
-def _add_legend(figure: Figure, *, classes: int, boundary: bool) -> None:
+def _add_legend(figure: Figure, classes: int, *, boundary: bool) -> None:
     handles = [
         Line2D([], [], color=colour, marker=marker, markersize=8, linestyle="none", label=f"class {number}")
         for number, (colour, marker) in enumerate(class_marks(classes))

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ddp_circles.errors import StopRequestedError
 from ddp_circles.job.faults import Rehearsal
 from ddp_circles.job.stop import stop_requested
@@ -20,11 +18,6 @@ from ddp_circles.records.metrics_file import MetricsFile, Row
 from ddp_circles.records.run_dir import RunDir
 from ddp_circles.records.wandb_follower import WandbFollower
 from ddp_circles.terminal import warn
-
-FINISHED_SECONDS = 60.0
-"""Longest wait for the copy at Weights & Biases at the end of a finished run."""
-UNFINISHED_SECONDS = 3.0
-"""Longest wait for it at the end of a run that was stopped, or failed."""
 
 
 @dataclass
@@ -39,49 +32,41 @@ class Writer:
     checkpoint_seconds: float
     checkpoint_steps: int
     snapshot: Callable[[], State]
-    """The state of model and optimizer, and what identifies the run."""
+    """The state of `model` and `optimizer`, and what identifies the run."""
 
 
+@dataclass
 class Recorder:
-    """The events around the loop on one rank.
+    """The events around the loop on one rank, and the figures of the run so far."""
 
-    `writer` is None on ranks other than 0: they keep time and stay silent. `rehearsal` is None where no fault is
-    planned. `steps_per_epoch` turns progress into global steps. `state`: the checkpoint that the run continues from;
-    empty for a new one.
-    """
-
-    def __init__(
-        self,
-        *,
-        watch: Watch,
-        rehearsal: Rehearsal | None,
-        writer: Writer | None,
-        steps_per_epoch: int,
-        state: State,
-    ) -> None:
-        self._watch = watch
-        self._rehearsal = rehearsal
-        self._writer = writer
-        self._steps_per_epoch = steps_per_epoch
-        self.train_seconds: float = state.get("train_seconds", 0.0)
-        self.metrics: Row = state.get("metrics", {})
-        """The last epoch's line."""
-        self._training = False
-        self._epoch_began = self._saved_at = 0.0
-        self._epoch_train_seconds = 0.0
-        self._seen_before = self._saved_step = 0
+    watch: Watch
+    rehearsal: Rehearsal | None
+    """None where no fault is planned."""
+    writer: Writer | None
+    """None on ranks other than 0: they keep time and stay silent."""
+    steps_per_epoch: int
+    train_seconds: float
+    metrics: Row
+    """The last epoch's line."""
+    _training: bool = False
+    _epoch_began: float = 0.0
+    _epoch_train_seconds: float = 0.0
+    _seen_before: int = 0
+    """Samples of the epoch that an earlier start has trained on."""
+    _saved_at: float = 0.0
+    _saved_step: int = 0
 
     def global_step(self, progress: Progress) -> int:
         """Steps done since the run began."""
-        return progress.epoch * self._steps_per_epoch + progress.step
+        return progress.epoch * self.steps_per_epoch + progress.step
 
     # ---- what the loop tells
 
     def before_step(self, step: int) -> None:
         """Note the step for the heartbeat, and let a planned fault happen."""
-        self._watch.mark("train", step // self._steps_per_epoch, step)
-        if self._rehearsal is not None:
-            self._rehearsal.reach(step)
+        self.watch.mark("train", step // self.steps_per_epoch, step)
+        if self.rehearsal is not None:
+            self.rehearsal.reach(step)
 
     def stop_requested(self) -> bool:
         """True once this rank was asked to stop."""
@@ -96,7 +81,7 @@ class Recorder:
         else:
             self._epoch_train_seconds = now - self._epoch_began
             self.train_seconds += self._epoch_train_seconds
-        self._watch.mark(name, progress.epoch, self.global_step(progress))
+        self.watch.mark(name, progress.epoch, self.global_step(progress))
 
     def epoch_done(self, progress: Progress, test: Tally) -> None:
         """Log the epoch's line."""
@@ -111,14 +96,14 @@ class Recorder:
             "train/samples_per_second": trained / max(self._epoch_train_seconds, 1e-9),
             "seconds": time.monotonic() - self._epoch_began,
         }
-        if self._writer is not None:
-            self._writer.metrics_file.log(self.metrics)
-            self._writer.console.log(self.metrics)
-            self._writer.follower.look()
+        if self.writer is not None:
+            self.writer.metrics_file.log(self.metrics)
+            self.writer.console.log(self.metrics)
+            self.writer.follower.look()
 
     def save_due(self, steps_done: int) -> bool:
         """True when enough time or steps have passed; always False on ranks other than 0."""
-        writer = self._writer
+        writer = self.writer
         if writer is None:
             return False
         every = writer.checkpoint_steps
@@ -136,7 +121,7 @@ class Recorder:
 
     def save_or_raise(self, progress: Progress) -> None:
         """Write a checkpoint, after making every metrics line before it durable; raises `OSError`."""
-        writer, step = self._writer, self.global_step(progress)
+        writer, step = self.writer, self.global_step(progress)
         if writer is None:
             return
         writer.metrics_file.flush()
@@ -155,7 +140,7 @@ class Recorder:
     @contextmanager
     def running(self, progress: Progress, config_toml: str) -> Iterator[None]:
         """Keep the file `status` true while the body trains; a first checkpoint is written before it."""
-        writer = self._writer
+        writer = self.writer
         if writer is None:
             yield
             return
@@ -169,35 +154,28 @@ class Recorder:
             writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
             raise
 
-    def finish(
-        self,
-        progress: Progress,
-        *,
-        weights: dict[str, Tensor],
-        summary: dict[str, Any],
-        draw: Callable[[], None],
-    ) -> None:
+    def finish(self, progress: Progress, *, summary: dict[str, Any], draw: Callable[[], None]) -> None:
         """Write the last checkpoint, the model, the summary and, with `draw`, the pictures; then the status.
 
         Raises `OSError` if one of them cannot be written.
         """
-        writer = self._writer
+        writer = self.writer
         if writer is None:
             return
         self.save_or_raise(progress)
-        digest = writer.run_dir.write_model(weights)
+        digest = writer.run_dir.write_model(writer.snapshot()["model"])
         summary = {**self.metrics, "weights_sha256": digest, **summary}
         writer.run_dir.write("summary.json", json.dumps(summary, indent=2) + "\n")
         draw()
         writer.run_dir.set_status("finished")
         writer.console.close()
-        writer.follower.wait(FINISHED_SECONDS)
+        writer.follower.wait(60.0)
 
     def close(self) -> None:
         """Close the files and the copy at Weights & Biases, in bounded time; does nothing the second time."""
-        writer = self._writer
+        writer = self.writer
         if writer is None:
             return
         writer.metrics_file.close()
         writer.console.close()
-        writer.follower.wait(UNFINISHED_SECONDS)
+        writer.follower.wait(3.0)

@@ -1,4 +1,4 @@
-"""The run directory: one writer at a time, and files that are whole or absent. Used by rank 0 alone."""
+"""The run directory: one writer at a time, and files that are whole or absent. Only rank 0 writes here."""
 
 import hashlib
 import os
@@ -26,7 +26,6 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
-        self.plots = path / "plots"
         self.metrics = path / "metrics.jsonl"
         self.model = path / "model.safetensors"
 
@@ -57,10 +56,8 @@ class RunDir:
     @property
     def status(self) -> str | None:
         """The word in the file `status`; None where there is none."""
-        try:
-            return (self.path / "status").read_text().strip()
-        except FileNotFoundError:
-            return None
+        file = self.path / "status"
+        return file.read_text().strip() if file.exists() else None
 
     def set_status(self, status: Status) -> None:
         """Write the state of the run, one word."""
