@@ -9,9 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ddp_circles.records.metrics_file import Row
 from ddp_circles.terminal import say
 
-BAR_SECONDS = 0.1
-"""Shortest time between two redraws of the progress bar."""
-
 
 class Console:
     """A line on standard output every `every` epochs and, where standard error is a terminal, a progress bar there."""
@@ -42,7 +39,7 @@ class Console:
                 f"Test loss: {row['test/loss']:.5f}, Test acc: {row['test/accuracy'] * 100:.2f}%"
             )
         self._bar.update(self._epochs, completed=row["epoch"] + 1)
-        if time.monotonic() - self._drawn_at > BAR_SECONDS:
+        if time.monotonic() - self._drawn_at > 0.1:  # a redraw costs more than a short epoch
             self._bar.start()  # does nothing while it is on
             self._bar.refresh()
             self._drawn_at = time.monotonic()
