@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ def decode(content: bytes) -> State:
     return state
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """The last few checkpoints of a run, one file each, in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def files(self) -> list[Path]:
         """The checkpoint files, newest first."""

@@ -65,12 +65,12 @@ class MetricsFile:
         try:
             self._write()
             os.fsync(self._file.fileno())
+            self._durable += len(self._tail)
+            self._tail.clear()
         except OSError as error:
-            self._written = 0  # after a failed fsync nobody knows which bytes were kept: write them all again
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self._durable += len(self._tail)
-        self._tail.clear()
-        self._written = 0
+        finally:
+            self._written = 0  # after a failed fsync nobody knows which bytes were kept: all are written again
 
     def close(self) -> None:
         """Flush as far as possible and close the file; does nothing the second time."""
