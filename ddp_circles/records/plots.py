@@ -165,9 +165,8 @@ def _draw_points(axes: Axes, samples: Dataset, classes: int) -> None:
     inputs, targets = samples.inputs[shown].numpy(), samples.targets[shown].numpy()
     size = 36 if len(inputs) <= 250 else 24
     for number, (colour, marker) in enumerate(class_marks(classes)):
-        axes.scatter(
-            *inputs[targets == number].T, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.6
-        )
+        x1, x2 = inputs[targets == number].T
+        axes.scatter(x1, x2, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.6)
 
 
 def _subset(count: int) -> Tensor:

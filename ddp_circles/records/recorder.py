@@ -103,8 +103,7 @@ class Recorder:
 
     def save_due(self, steps_done: int) -> bool:
         """True when enough time or steps have passed; always False on ranks other than 0."""
-        writer = self.writer
-        if writer is None:
+        if (writer := self.writer) is None:
             return False
         every = writer.checkpoint_steps
         if every and steps_done // every > self._saved_step // every:
@@ -140,8 +139,7 @@ class Recorder:
     @contextmanager
     def running(self, progress: Progress, config_toml: str) -> Iterator[None]:
         """Keep the file `status` true while the body trains; a first checkpoint is written before it."""
-        writer = self.writer
-        if writer is None:
+        if (writer := self.writer) is None:
             yield
             return
         try:
@@ -159,8 +157,7 @@ class Recorder:
 
         Raises `OSError` if one of them cannot be written.
         """
-        writer = self.writer
-        if writer is None:
+        if (writer := self.writer) is None:
             return
         self.save_or_raise(progress)
         digest = writer.run_dir.write_model(writer.snapshot()["model"])
@@ -173,9 +170,7 @@ class Recorder:
 
     def close(self) -> None:
         """Close the files and the copy at Weights & Biases, in bounded time; does nothing the second time."""
-        writer = self.writer
-        if writer is None:
-            return
-        writer.metrics_file.close()
-        writer.console.close()
-        writer.follower.wait(3.0)
+        if self.writer is not None:
+            self.writer.metrics_file.close()
+            self.writer.console.close()
+            self.writer.follower.wait(3.0)
