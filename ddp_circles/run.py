@@ -33,7 +33,6 @@ from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
-from ddp_circles.records.run_dir import RunDir
 from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, new_run_id
 from ddp_circles.terminal import warn
 
@@ -93,19 +92,19 @@ def _fit_in_world(
     fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
+        at_end,
         run_dir=config.run_dir,
         resume=config.resume,
-        settings=config.lasting,
-        data=data.digest() if data is not None else None,
-        threads=config.threads,
+        settings=config.lasting | {"data": data.digest() if data is not None else None},
+        epochs=config.epochs,
         fault_rank=fault.rank if fault else None,
     )
-    at_end.callback(found.close)
+    path = found.run_dir.path
     bare = _make_model(config, model).to(world.device)
-    if found.is_done(config.epochs):
+    if found.is_done:
         found.restore_model(bare)
-        world.say(f"{found.path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
-        return Result(bare, found.state["metrics"], found.path, world.ranks.is_main)
+        world.say(f"{path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
+        return Result(bare, found.state["metrics"], path, world.ranks.is_main)
     split = data or _make_points(config, world)
     split = Split(split.train.to(world.device), split.test.to(world.device))
 
@@ -114,8 +113,8 @@ def _fit_in_world(
     samples = len(split.train.inputs)
     recorder = Recorder(
         watch=watch,
-        rehearsal=Rehearsal(fault, found.path / "fault", bare) if fault and fault.rank == world.ranks.rank else None,
-        writer=_make_writer(config, world, found.run_dir, found, bare, optimizer) if found.run_dir else None,
+        rehearsal=Rehearsal(fault, path / "fault", bare) if fault and fault.rank == world.ranks.rank else None,
+        writer=_make_writer(config, world, found, bare, optimizer) if world.ranks.is_main else None,
         steps_per_epoch=-(-samples // (config.batch_size or samples)),
         train_seconds=found.state.get("train_seconds", 0.0),
         metrics=found.state.get("metrics", {}),
@@ -136,23 +135,22 @@ def _fit_in_world(
     )
     progress = found.restore(bare, optimizer)
     begun = f"continue after step {recorder.global_step(progress)}" if found.state else "start"
-    world.say(f"{begun}: {world.describe()}, run directory {found.path}")
+    world.say(f"{begun}: {world.describe()}, run directory {path}")
     try:
         with recorder.running(progress, config.to_toml()):
             loop.train(training, epochs=config.epochs, progress=progress)
             recorder.finish(
                 progress,
-                weights=bare.state_dict(),
                 summary=_summary(config, world, found, recorder, progress, samples),
-                draw=partial(_draw, config, bare, split, found),
+                draw=partial(_draw, config, bare, split, path),
             )
     except StopRequestedError:
         recorder.close()
-        command = continuing_command(world.ranks, sys.orig_argv, found.path)
+        command = continuing_command(world.ranks, sys.orig_argv, path)
         world.say(f"stopped after step {recorder.global_step(progress)}; to continue: {command}")
         raise
-    world.say(f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {found.path}")
-    return Result(bare, recorder.metrics, found.path, world.ranks.is_main)
+    world.say(f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {path}")
+    return Result(bare, recorder.metrics, path, world.ranks.is_main)
 
 
 def _make_points(config: Config, world: World) -> Split:
@@ -198,16 +196,15 @@ def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTal
     )
 
 
-def _make_writer(
-    config: Config, world: World, run_dir: RunDir, found: Found, bare: nn.Module, optimizer: Optimizer
-) -> Writer:
+def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, optimizer: Optimizer) -> Writer:
+    """The outputs of the run, on rank 0."""
     tracking_id = found.state.get("tracking_id") or new_run_id()
     return Writer(
-        run_dir=run_dir,
-        metrics_file=MetricsFile(run_dir.metrics, keep_below_epoch=found.state.get("epoch", 0)),
+        run_dir=found.run_dir,
+        metrics_file=MetricsFile(found.run_dir.metrics, keep_below_epoch=found.state.get("epoch", 0)),
         console=Console(config.log_every, config.epochs),
         follower=WandbFollower(
-            run_dir.path,
+            found.run_dir.path,
             mode=choose_mode(config.wandb),
             project=config.wandb_project,
             run_id=tracking_id,
@@ -246,12 +243,12 @@ def _summary(
     }
 
 
-def _draw(config: Config, bare: nn.Module, split: Split, found: Found) -> None:
+def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
     """Draw the pictures of a finished run; rank 0 alone calls this."""
-    if config.plots and found.run_dir is not None:
+    if config.plots:
         from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
-        draw_run(bare, split, metrics=found.run_dir.metrics, folder=found.run_dir.plots)
+        draw_run(bare, split, run_dir)
 
 
 @contextmanager

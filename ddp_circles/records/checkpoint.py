@@ -3,13 +3,13 @@
 import contextlib
 import hashlib
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddp_circles.errors import UserError
-from ddp_circles.records.files import sweep, write_atomically
+from ddp_circles.records.files import write_atomically
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 KEEP = 3
@@ -40,11 +40,11 @@ def decode(content: bytes) -> State:
     return state
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """The last few checkpoints of a run, one file each, in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def files(self) -> list[Path]:
         """The checkpoint files, newest first."""
@@ -59,27 +59,12 @@ class Checkpoints:
                 old.unlink()
         return path
 
-    def load_newest(self) -> tuple[bytes, list[str]]:
-        """The newest good checkpoint's bytes (empty where there is none), and a warning for each one passed over.
-
-        Raises `UserError` if there are checkpoints and all are damaged.
-        """
-        warnings = []
+    def load_newest(self) -> tuple[State, list[str]]:
+        """The newest good checkpoint's state, empty where there is none, and a warning for each one passed over."""
+        warnings: list[str] = []
         for path in self.files():
             try:
-                content = path.read_bytes()
-                decode(content)
+                return decode(path.read_bytes()), warnings
             except (OSError, ValueError) as error:
                 warnings.append(f"checkpoint {path} is passed over: {error}")
-            else:
-                return content, warnings
-        if warnings:
-            raise UserError(
-                "; ".join(warnings) + "; no good checkpoint is left. Start over with another --run-dir, "
-                "or in this one with --resume never"
-            )
-        return b"", []
-
-    def sweep(self) -> None:
-        """Remove the leftovers of killed writes."""
-        sweep(self.folder)
+        return {}, warnings

@@ -9,17 +9,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ddp_circles.records.metrics_file import Row
 from ddp_circles.terminal import say
 
-BAR_SECONDS = 0.1
-"""Shortest time between two redraws of the progress bar."""
-
 
 class Console:
     """A line on standard output every `every` epochs and, where standard error is a terminal, a progress bar there."""
 
     def __init__(self, every: int, total_epochs: int) -> None:
         self._every = every
-        self._bar = _make_bar(total_epochs) if sys.stderr.isatty() else None
         self._drawn_at = 0.0
+        terminal = Terminal(stderr=True)
+        terminal.quiet = not sys.stderr.isatty() or terminal.is_dumb_terminal
+        self._bar = Progress(
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=terminal,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # prints above the bar; elsewhere it would print to standard error
+            disable=terminal.quiet,
+        )
+        self._epochs = self._bar.add_task("epoch", total=total_epochs)
 
     def log(self, row: Row) -> None:
         """Print the line if it is due, and draw the bar."""
@@ -28,34 +38,12 @@ class Console:
                 f"Epoch: {row['epoch']} | Loss: {row['train/loss']:.5f}, Acc: {row['train/accuracy'] * 100:.2f}% | "
                 f"Test loss: {row['test/loss']:.5f}, Test acc: {row['test/accuracy'] * 100:.2f}%"
             )
-        self._draw(int(row["epoch"]) + 1)
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _draw(self, epochs_done: int) -> None:
-        if self._bar is None:
-            return
-        self._bar.update(self._bar.task_ids[0], completed=epochs_done)
-        if time.monotonic() - self._drawn_at > BAR_SECONDS:
+        self._bar.update(self._epochs, completed=row["epoch"] + 1)
+        if time.monotonic() - self._drawn_at > 0.1:  # a redraw costs more than a short epoch
             self._bar.start()  # does nothing while it is on
             self._bar.refresh()
             self._drawn_at = time.monotonic()
 
-
-def _make_bar(total_epochs: int) -> Progress:
-    bar = Progress(
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=Terminal(stderr=True),
-        auto_refresh=False,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # prints above the bar; elsewhere it would print to standard error
-    )
-    bar.add_task("epoch", total=total_epochs)
-    return bar
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()

@@ -1,7 +1,7 @@
 """Files that are whole or absent: temporary file, flush, rename."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +16,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Where writing fails or is interrupted, `path` is untouched and no temporary file is left.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SUFFIX)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{SUFFIX}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # makes the new name durable too
+    finally:
+        os.close(folder)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -40,21 +43,3 @@ def sweep(folder: Path) -> None:
     """Remove the temporary files that killed writes left in `folder`."""
     for leftover in folder.glob(f".*{SUFFIX}"):
         leftover.unlink(missing_ok=True)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _read_umask()

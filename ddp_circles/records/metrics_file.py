@@ -15,10 +15,7 @@ Row = dict[str, float | int]
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics file, each epoch once, without a torn last line; empty where there is no file."""
-    try:
-        whole_lines, _, _ = path.read_bytes().rpartition(b"\n")
-    except FileNotFoundError:
-        return []
+    whole_lines, _, _ = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
     return list({row["epoch"]: row for row in parse_rows(whole_lines)}.values())
 
 
@@ -46,12 +43,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, keep_below_epoch: int) -> None:
         self.path = path
-        for leftover in path.parent.glob(f".{path.name}.*"):  # of a start that was killed while it did the same
-            leftover.unlink()
         kept = b"".join(_as_line(row) for row in read_rows(path) if row["epoch"] < keep_below_epoch)
         if not path.exists() or path.read_bytes() != kept:
             write_atomically(path, kept)
-        self._file: int | None = os.open(path, os.O_WRONLY)
+        self._file = path.open("r+b", buffering=0)
         self._durable = len(kept)
         self._tail = bytearray()
         """Whole lines that belong behind the durable bytes; the first `_written` bytes of them are in the file."""
@@ -67,35 +62,30 @@ class MetricsFile:
 
     def flush(self) -> None:
         """Put every line logged so far on the disk; raises `OSError` if one of them cannot be."""
-        if self._file is None:
-            return
         try:
             self._write()
-            os.fsync(self._file)
+            os.fsync(self._file.fileno())
+            self._durable += len(self._tail)
+            self._tail.clear()
         except OSError as error:
-            self._written = 0  # after a failed fsync nobody knows which bytes were kept: write them all again
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self._durable += len(self._tail)
-        self._tail.clear()
-        self._written = 0
+        finally:
+            self._written = 0  # after a failed fsync nobody knows which bytes were kept: all are written again
 
     def close(self) -> None:
-        """Flush as far as possible and close the file."""
-        if self._file is None:
+        """Flush as far as possible and close the file; does nothing the second time."""
+        if self._file.closed:
             return
         try:
             self.flush()
         except OSError as error:
             warn(f"{self.path} lacks the last epochs: {error.strerror}")
-        os.close(self._file)
-        self._file = None
+        self._file.close()
 
     def _write(self) -> None:
-        if self._file is None or self._written == len(self._tail):
-            return
         start = self._durable + self._written
-        written = os.pwrite(self._file, self._tail[self._written :], start)
-        if written < len(self._tail) - self._written:
-            os.ftruncate(self._file, start)
+        missing = self._tail[self._written :]
+        if missing and os.pwrite(self._file.fileno(), missing, start) < len(missing):
+            self._file.truncate(start)
             raise OSError(errno.ENOSPC, "no space left for a whole line")
         self._written = len(self._tail)

@@ -4,27 +4,24 @@ Every picture is a PNG file with the same bytes for the same figures, whatever t
 """
 
 import copy
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from matplotlib.typing import RcKeyType
 from torch import Tensor, nn
 
 from ddp_circles.data import Dataset, Split
 from ddp_circles.models import correct_count, probabilities_of
-from ddp_circles.records.files import write_atomically
+from ddp_circles.records.files import replacing
 from ddp_circles.records.metrics_file import read_rows
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#7A1F3D", "#56B4E9", "#D55E00", "#F0E442", "#333333")
@@ -36,10 +33,8 @@ POINTS_SHOWN = 1500
 """Most points drawn in one panel."""
 GRID = 400
 """Grid points along the longer side of the plane, at which the model is evaluated."""
-BATCH = 16384
-"""Samples per forward pass."""
 
-STYLE: dict[RcKeyType, Any] = {
+STYLE: dict[str, Any] = {
     "font.size": 12.0,
     "axes.titlesize": 13.0,
     "axes.titlelocation": "left",
@@ -59,14 +54,16 @@ STYLE: dict[RcKeyType, Any] = {
 }
 
 
-def draw_run(model: nn.Module, split: Split, *, metrics: Path, folder: Path) -> None:
-    """Draw the learning curves of a run into `folder` and, for points in the plane, the decision boundary."""
+def draw_run(model: nn.Module, split: Split, run_dir: Path) -> None:
+    """Draw the learning curves of a run and, for points in the plane, the decision boundary."""
+    folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    draw_curves(read_rows(metrics), folder / "curves.png")
+    draw_curves(read_rows(run_dir / "metrics.jsonl"), folder / "curves.png")
     if split.train.inputs.shape[1:] == (2,):
         draw_decision_boundary(model, split, folder / "decision_boundary.png")
 
 
+@style.context(STYLE, after_reset=True)
 @torch.inference_mode()
 def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
     """Draw the predictions of `model` everywhere in the plane, under the training points and under the test points.
@@ -78,80 +75,61 @@ def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
     """
     model = copy.deepcopy(model).cpu().eval()
     split = Split(*(samples.to(torch.device("cpu")) for samples in split))
-    with _style():
-        _save(_boundary_figure(model, split), path)
-
-
-def draw_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw loss and accuracy by epoch, training and test, from the rows of metrics.jsonl.
-
-    Raises `OSError` if `path` cannot be written.
-    """
-    with _style():
-        figure = Figure(figsize=(10.0, 4.2), layout="constrained")
-        losses, accuracies = figure.subplots(1, 2)
-        _curves(losses, metrics, "loss", scale=1)
-        losses.set(title="Loss", ylabel="Mean loss per sample")
-        _curves(accuracies, metrics, "accuracy", scale=100)
-        accuracies.set(title="Accuracy", ylabel="Right answers (%)")
-        _save(figure, path)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Apply the style of this module, then restore the user's settings."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
-        yield
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Store `figure` as PNG."""
-    content = io.BytesIO()
-    # Without the name and version of the program, which would change the bytes.
-    figure.savefig(content, format="png", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
-
-
-def _boundary_figure(model: nn.Module, split: Split) -> Figure:
     (left, right), (bottom, top) = limits = _limits(split)
     regions = _regions(model, limits, split.train.inputs.dtype)
-    text_lines = (max(len(samples.inputs) for samples in split) > POINTS_SHOWN) + len(regions) // LEGEND_COLUMNS
+    classes = len(regions)
+    text_lines = (max(len(samples.inputs) for samples in split) > POINTS_SHOWN) + classes // LEGEND_COLUMNS
     size = (10.2, 4.5 * (top - bottom) / (right - left) + 1.35 + 0.25 * text_lines)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, name, samples in zip(panels, ("Train", "Test"), split, strict=True):
         _draw_regions(axes, regions, limits)
-        _draw_points(axes, samples, classes=len(regions))
+        _draw_points(axes, samples, classes)
         count = len(samples.inputs)
         share = f"\n{POINTS_SHOWN:,} of {count:,} points shown" if count > POINTS_SHOWN else ""
-        axes.set_title(f"{name}: accuracy {_accuracy(model, samples):.2f}%{share}")
+        accuracy = int(correct_count(_logits(model, samples.inputs), samples.targets)) / count * 100
+        axes.set_title(f"{name}: accuracy {accuracy:.2f}%{share}")
         axes.set(xlabel="$x_1$", aspect="equal", xlim=limits[0], ylim=limits[1])
         axes.label_outer()
     panels[0].set_ylabel("$x_2$")
-    _add_legend(figure, classes=len(regions), boundary=len(np.unique(regions.argmax(axis=0))) > 1)
-    return figure
+    _add_legend(figure, classes, boundary=len(np.unique(regions.argmax(axis=0))) > 1)
+    _save(figure, path)
+
+
+@style.context(STYLE, after_reset=True)
+def draw_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw loss and accuracy by epoch, training and test, from the rows of metrics.jsonl.
+
+    Raises `OSError` if `path` cannot be written.
+    """
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    _curves(losses, metrics, "loss", scale=1)
+    losses.set(title="Loss", ylabel="Mean loss per sample")
+    _curves(accuracies, metrics, "accuracy", scale=100)
+    accuracies.set(title="Accuracy", ylabel="Right answers (%)")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Store `figure` as PNG."""
+    with replacing(path) as file:
+        # Without the name and version of the program, which would change the bytes.
+        figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def _limits(split: Split) -> tuple[tuple[float, float], tuple[float, float]]:
     """Choose the part of the plane that both panels show: all points and a margin, neither side very short."""
-    points = torch.cat([samples.inputs for samples in split])
-    low, high = points.amin(dim=0).tolist(), points.amax(dim=0).tolist()
-    middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-    spans = [b - a for a, b in zip(low, high, strict=True)]
-    shortest = max(spans) / 2 or 1.0
-    half = [0.56 * max(span, shortest) for span in spans]
-    return (middle[0] - half[0], middle[0] + half[0]), (middle[1] - half[1], middle[1] + half[1])
+    points = torch.cat([samples.inputs for samples in split]).double()
+    low, high = points.amin(dim=0), points.amax(dim=0)
+    middle, spans = (low + high) / 2, high - low
+    half = 0.56 * spans.clamp(min=float(spans.max()) / 2 or 1.0)
+    (left, bottom), (right, top) = (middle - half).tolist(), (middle + half).tolist()
+    return (left, right), (bottom, top)
 
 
-def _accuracy(model: nn.Module, samples: Dataset) -> float:
-    """Accuracy in percent."""
-    correct = sum(
-        int(correct_count(model(inputs), targets))
-        for inputs, targets in zip(samples.inputs.split(BATCH), samples.targets.split(BATCH), strict=True)
-    )
-    return correct / len(samples.inputs) * 100
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    return torch.cat([model(batch) for batch in inputs.split(16384)])  # bounds the memory that the layers need
 
 
 def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], dtype: torch.dtype) -> np.ndarray[Any, Any]:
@@ -162,7 +140,7 @@ def _regions(model: nn.Module, limits: tuple[tuple[float, float], ...], dtype: t
         torch.linspace(low, high, count, dtype=dtype) for (low, high), count in zip(limits, counts, strict=True)
     )
     places = torch.cartesian_prod(rows, columns).flip(1)
-    probabilities = torch.cat([probabilities_of(model(batch)) for batch in places.split(BATCH)])
+    probabilities = probabilities_of(_logits(model, places))
     if probabilities.ndim == 1:
         probabilities = torch.stack([1 - probabilities, probabilities], dim=1)
     return probabilities.T.reshape(-1, len(rows), len(columns)).numpy()
@@ -182,7 +160,7 @@ def _draw_regions(axes: Axes, regions: np.ndarray[Any, Any], limits: tuple[tuple
             axes.contour(lead, levels=[0], extent=extent, origin="lower", colors=INK, linewidths=1.4)
 
 
-def _draw_points(axes: Axes, samples: Dataset, *, classes: int) -> None:
+def _draw_points(axes: Axes, samples: Dataset, classes: int) -> None:
     shown = _subset(len(samples.inputs))
     inputs, targets = samples.inputs[shown].numpy(), samples.targets[shown].numpy()
     size = 36 if len(inputs) <= 250 else 24
@@ -199,7 +177,7 @@ def _subset(count: int) -> Tensor:
     return torch.from_numpy(np.sort(chosen))
 
 
-def _add_legend(figure: Figure, *, classes: int, boundary: bool) -> None:
+def _add_legend(figure: Figure, classes: int, *, boundary: bool) -> None:
     handles = [
         Line2D([], [], color=colour, marker=marker, markersize=8, linestyle="none", label=f"class {number}")
         for number, (colour, marker) in enumerate(class_marks(classes))

@@ -1,29 +1,23 @@
 """The loop's surroundings on a rank: heartbeats, planned faults, times; and on rank 0, everything that is written."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ddp_circles.errors import StopRequestedError
 from ddp_circles.job.faults import Rehearsal
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import Watch
 from ddp_circles.metrics import Progress, Tally
-from ddp_circles.records.checkpoint import Checkpoints, State
+from ddp_circles.records.checkpoint import State
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile, Row
-from ddp_circles.records.run_dir import RunDir, Status
+from ddp_circles.records.run_dir import RunDir
 from ddp_circles.records.wandb_follower import WandbFollower
 from ddp_circles.terminal import warn
-
-FINISHED_SECONDS = 60.0
-"""Longest wait for the copy at Weights & Biases at the end of a finished run."""
-UNFINISHED_SECONDS = 3.0
-"""Longest wait for it at the end of a run that was stopped, or failed."""
 
 
 @dataclass
@@ -38,51 +32,41 @@ class Writer:
     checkpoint_seconds: float
     checkpoint_steps: int
     snapshot: Callable[[], State]
-    """The state of model and optimizer, and what identifies the run."""
+    """The state of `model` and `optimizer`, and what identifies the run."""
 
 
+@dataclass
 class Recorder:
-    """The events around the loop on one rank.
+    """The events around the loop on one rank, and the figures of the run so far."""
 
-    `writer` is None on ranks other than 0: they keep time and stay silent. `rehearsal` is None where no fault is
-    planned. `steps_per_epoch` turns progress into global steps. `train_seconds` and `metrics` (the last epoch's line)
-    come from the run so far.
-    """
-
-    def __init__(
-        self,
-        *,
-        watch: Watch,
-        rehearsal: Rehearsal | None,
-        writer: Writer | None,
-        steps_per_epoch: int,
-        train_seconds: float,
-        metrics: Row,
-    ) -> None:
-        self._watch = watch
-        self._rehearsal = rehearsal
-        self._writer = writer
-        self._steps_per_epoch = steps_per_epoch
-        self.train_seconds = train_seconds
-        self.metrics = metrics
-        self._started = self._phase_started = self._saved_at = time.monotonic()
-        self._saved_step = 0
-        self._seen_before = 0
-        self._epoch = 0
-        self._training = False
-        self._epoch_train_seconds = 0.0
+    watch: Watch
+    rehearsal: Rehearsal | None
+    """None where no fault is planned."""
+    writer: Writer | None
+    """None on ranks other than 0: they keep time and stay silent."""
+    steps_per_epoch: int
+    train_seconds: float
+    metrics: Row
+    """The last epoch's line."""
+    _training: bool = False
+    _epoch_began: float = 0.0
+    _epoch_train_seconds: float = 0.0
+    _seen_before: int = 0
+    """Samples of the epoch that an earlier start has trained on."""
+    _saved_at: float = 0.0
+    _saved_step: int = 0
 
     def global_step(self, progress: Progress) -> int:
         """Steps done since the run began."""
-        return progress.epoch * self._steps_per_epoch + progress.step
+        return progress.epoch * self.steps_per_epoch + progress.step
 
     # ---- what the loop tells
 
     def before_step(self, step: int) -> None:
         """Note the step for the heartbeat, and let a planned fault happen."""
-        self._watch.mark("train", self._epoch, step)
-        if self._rehearsal is not None:
-            self._rehearsal.reach(step)
+        self.watch.mark("train", step // self.steps_per_epoch, step)
+        if self.rehearsal is not None:
+            self.rehearsal.reach(step)
 
     def stop_requested(self) -> bool:
         """True once this rank was asked to stop."""
@@ -93,12 +77,11 @@ class Recorder:
         now = time.monotonic()
         self._training = name == "train"
         if self._training:
-            self._epoch, self._seen_before, self._started = progress.epoch, progress.train.count, now
+            self._epoch_began, self._seen_before = now, progress.train.count
         else:
-            self._epoch_train_seconds = now - self._phase_started
+            self._epoch_train_seconds = now - self._epoch_began
             self.train_seconds += self._epoch_train_seconds
-        self._phase_started = now
-        self._watch.mark(name, progress.epoch, self.global_step(progress))
+        self.watch.mark(name, progress.epoch, self.global_step(progress))
 
     def epoch_done(self, progress: Progress, test: Tally) -> None:
         """Log the epoch's line."""
@@ -111,17 +94,16 @@ class Recorder:
             "test/loss": test.loss,
             "test/accuracy": test.accuracy,
             "train/samples_per_second": trained / max(self._epoch_train_seconds, 1e-9),
-            "seconds": time.monotonic() - self._started,
+            "seconds": time.monotonic() - self._epoch_began,
         }
-        if self._writer is not None:
-            self._writer.metrics_file.log(self.metrics)
-            self._writer.console.log(self.metrics)
-            self._writer.follower.look()
+        if self.writer is not None:
+            self.writer.metrics_file.log(self.metrics)
+            self.writer.console.log(self.metrics)
+            self.writer.follower.look()
 
     def save_due(self, steps_done: int) -> bool:
         """True when enough time or steps have passed; always False on ranks other than 0."""
-        writer = self._writer
-        if writer is None:
+        if (writer := self.writer) is None:
             return False
         every = writer.checkpoint_steps
         if every and steps_done // every > self._saved_step // every:
@@ -134,11 +116,11 @@ class Recorder:
             self.save_or_raise(progress)
         except OSError as error:
             warn(f"no checkpoint after step {self.global_step(progress)}: {error}; the older ones stay")
-            self._saved_at, self._saved_step = time.monotonic(), self.global_step(progress)
+        self._saved_at, self._saved_step = time.monotonic(), self.global_step(progress)
 
     def save_or_raise(self, progress: Progress) -> None:
         """Write a checkpoint, after making every metrics line before it durable; raises `OSError`."""
-        writer, step = self._writer, self.global_step(progress)
+        writer, step = self.writer, self.global_step(progress)
         if writer is None:
             return
         writer.metrics_file.flush()
@@ -148,63 +130,47 @@ class Recorder:
             "global_step": step,
             "train": list(astuple(progress.train)),
             "metrics": self.metrics,
-            "train_seconds": self.train_seconds + self._training * (time.monotonic() - self._phase_started),
+            "train_seconds": self.train_seconds + self._training * (time.monotonic() - self._epoch_began),
         }
-        Checkpoints(writer.run_dir.checkpoints).save(state, step)
-        self._saved_at, self._saved_step = time.monotonic(), step
+        writer.run_dir.checkpoints.save(state, step)
 
     # ---- from the beginning of a run to its end
 
     @contextmanager
     def running(self, progress: Progress, config_toml: str) -> Iterator[None]:
         """Keep the file `status` true while the body trains; a first checkpoint is written before it."""
+        if (writer := self.writer) is None:
+            yield
+            return
         try:
-            if self._writer is not None:
-                self._begin(self._writer, progress, config_toml)
+            writer.run_dir.set_status("running")
+            writer.run_dir.write("config.toml", config_toml)
+            self.save(progress)
+            writer.follower.start()
             yield
         except BaseException as error:
-            self._set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
+            writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
             raise
 
-    def _begin(self, writer: Writer, progress: Progress, config_toml: str) -> None:
-        writer.run_dir.set_status("running")
-        writer.run_dir.write_config(config_toml)
-        self._saved_step = self.global_step(progress)
-        self.save(progress)
-        writer.follower.start()
-
-    def _set_status(self, status: Status) -> None:
-        if self._writer is not None:
-            self._writer.run_dir.set_status(status)
-
-    def finish(
-        self,
-        progress: Progress,
-        *,
-        weights: dict[str, Tensor],
-        summary: dict[str, Any],
-        draw: Callable[[], None],
-    ) -> None:
+    def finish(self, progress: Progress, *, summary: dict[str, Any], draw: Callable[[], None]) -> None:
         """Write the last checkpoint, the model, the summary and, with `draw`, the pictures; then the status.
 
         Raises `OSError` if one of them cannot be written.
         """
-        writer = self._writer
-        if writer is None:
+        if (writer := self.writer) is None:
             return
         self.save_or_raise(progress)
-        digest = writer.run_dir.write_model(weights)
-        writer.run_dir.write_summary(dict(self.metrics) | {"weights_sha256": digest} | summary)
+        digest = writer.run_dir.write_model(writer.snapshot()["model"])
+        summary = {**self.metrics, "weights_sha256": digest, **summary}
+        writer.run_dir.write("summary.json", json.dumps(summary, indent=2) + "\n")
         draw()
         writer.run_dir.set_status("finished")
         writer.console.close()
-        writer.follower.wait(FINISHED_SECONDS)
+        writer.follower.wait(60.0)
 
     def close(self) -> None:
         """Close the files and the copy at Weights & Biases, in bounded time; does nothing the second time."""
-        writer = self._writer
-        if writer is None:
-            return
-        writer.metrics_file.close()
-        writer.console.close()
-        writer.follower.wait(UNFINISHED_SECONDS)
+        if self.writer is not None:
+            self.writer.metrics_file.close()
+            self.writer.console.close()
+            self.writer.follower.wait(3.0)

@@ -1,17 +1,18 @@
-"""The run directory: one writer at a time, and files that are whole or absent. Used by rank 0 alone."""
+"""The run directory: one writer at a time, and files that are whole or absent. Only rank 0 writes here."""
 
 import hashlib
-import json
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from filelock import FileLock, Timeout
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, contiguous_format
 
 from ddp_circles.errors import UserError
+from ddp_circles.records.checkpoint import Checkpoints
 from ddp_circles.records.files import sweep, write_atomically
 
 Status = Literal["running", "stopped", "finished", "failed"]
@@ -24,67 +25,47 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.plots = path / "plots"
+        self.checkpoints = Checkpoints(path / "checkpoints")
         self.metrics = path / "metrics.jsonl"
         self.model = path / "model.safetensors"
-        self._lock = FileLock(path / ".lock")
 
-    def open(self) -> None:
-        """Make the folder and take its lock.
+    def open(self, at_end: ExitStack) -> None:
+        """Make the folder and take its lock, which `at_end` releases; remove the leftovers of killed writes.
 
         Raises `UserError` where it cannot be written, where it has a configuration file that no run wrote, or where
         another run still holds it after `LOCK_WAIT_SECONDS`.
         """
+        holder = self.path / ".lock.holder"
         try:
             if self.status is None and (foreign := self.path / "config.toml").exists():
                 raise UserError(f"--run-dir {self.path} would overwrite {foreign}, which is no run's: choose another")
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError("no permission to write")
-            self._lock.acquire(timeout=LOCK_WAIT_SECONDS)
-            self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            at_end.enter_context(FileLock(self.path / ".lock").acquire(timeout=LOCK_WAIT_SECONDS))
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             sweep(self.path)
+            sweep(self.checkpoints.folder)
         except Timeout:
-            raise UserError(
-                f"--run-dir {self.path} is in use by {self._read_holder()}: wait for it, or choose another"
-            ) from None
+            # It may have taken the lock just now, and not written its name yet.
+            name = holder.read_text() if holder.exists() else "another process"
+            raise UserError(f"--run-dir {self.path} is in use by {name}: wait for it, or choose another") from None
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None
-
-    def close(self) -> None:
-        """Release the lock."""
-        self._lock.release()
-
-    @property
-    def _holder(self) -> Path:
-        return self.path / ".lock.holder"
-
-    def _read_holder(self) -> str:
-        try:
-            return self._holder.read_text()
-        except OSError:  # it has just taken the lock and not written its name yet
-            return "another process"
 
     @property
     def status(self) -> str | None:
         """The word in the file `status`; None where there is none."""
-        try:
-            return (self.path / "status").read_text().strip()
-        except FileNotFoundError:
-            return None
+        file = self.path / "status"
+        return file.read_text().strip() if file.exists() else None
 
     def set_status(self, status: Status) -> None:
         """Write the state of the run, one word."""
-        write_atomically(self.path / "status", f"{status}\n".encode())
+        self.write("status", f"{status}\n")
 
-    def write_config(self, toml: str) -> None:
-        """Write the resolved configuration."""
-        write_atomically(self.path / "config.toml", toml.encode())
-
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write the run's last figures."""
-        write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    def write(self, name: str, text: str) -> None:
+        """Replace the file `name` by `text`."""
+        write_atomically(self.path / name, text.encode())
 
     def write_model(self, state: dict[str, Tensor]) -> str:
         """Write `state` as safetensors, the same bytes for the same bits; returns the file's SHA-256."""
@@ -96,7 +77,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Delete what an earlier run left, so that a new one starts from nothing."""
-        for checkpoint in sorted(self.checkpoints.iterdir(), reverse=True):
+        for checkpoint in sorted(self.checkpoints.folder.iterdir(), reverse=True):
             checkpoint.unlink()
         for stale in (self.metrics, self.model, self.path / "summary.json", self.path / "fault"):
             stale.unlink(missing_ok=True)

@@ -5,14 +5,14 @@ import contextlib
 import json
 import netrc
 import os
-import secrets
 import shlex
 import signal
-import string
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from random import SystemRandom
+from string import ascii_lowercase, digits
 from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
@@ -35,8 +35,9 @@ class WandbFollower:
         self._run_dir = run_dir
         self._mode = mode
         self._run = {"run_id": run_id, "project": project, "config": config}
-        self._output: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        """The program while it is followed."""
+        self._output: IO[bytes] | None = None
         self._said_where = False
 
     def start(self) -> None:
@@ -110,9 +111,7 @@ def _start_program(run_dir: Path, mode: Mode, output: IO[bytes]) -> "subprocess.
 
 def new_run_id() -> str:
     """A short id that no other run has; in a sweep, the one that its agent has given."""
-    return os.environ.get("WANDB_RUN_ID") or "".join(
-        secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8)
-    )
+    return os.environ.get("WANDB_RUN_ID") or "".join(SystemRandom().choices(ascii_lowercase + digits, k=8))
 
 
 def choose_mode(mode: str) -> Mode:
@@ -121,14 +120,13 @@ def choose_mode(mode: str) -> Mode:
     `auto` is WANDB_MODE or the mode in wandb's settings file where one is set, else online where there are credentials
     for the server, else offline.
     """
-    settings = _wandb_settings() if mode == "auto" else {}
     if mode == "auto":
+        settings = _wandb_settings()
         mode = os.environ.get("WANDB_MODE") or settings.get("mode") or ""
+        mode = mode or ("online" if _has_wandb_credentials(settings) else "offline")
     if mode in ("online", "run", "shared"):
         return "online"
-    if mode == "disabled":
-        return "disabled"
-    return "online" if mode == "" and _has_wandb_credentials(settings) else "offline"
+    return "disabled" if mode == "disabled" else "offline"
 
 
 def _wandb_settings() -> dict[str, str]:
@@ -145,10 +143,8 @@ def _has_wandb_credentials(settings: dict[str, str]) -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.get("api_key"):
         return True
     server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
-    candidates = [Path("~/.netrc"), Path("~/_netrc")]
-    if os.environ.get("NETRC"):
-        candidates = [Path(os.environ["NETRC"])]
-    for path in candidates:
+    for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
         with contextlib.suppress(OSError, netrc.NetrcParseError, RuntimeError, UnicodeDecodeError):
-            return bool((netrc.netrc(path.expanduser()).authenticators(urlsplit(server).netloc) or ("", "", ""))[2])
+            login = netrc.netrc(Path(name).expanduser()).authenticators(urlsplit(server).netloc)
+            return login is not None and bool(login[2])
     return False

@@ -14,7 +14,6 @@ import wandb
 
 from ddp_circles.records.metrics_file import Row, parse_rows
 
-POLL_SECONDS = 0.2
 SETTINGS: dict[str, Any] = {
     "silent": True,
     "console": "off",
@@ -100,7 +99,7 @@ def _follow(run_dir: Path, trainer: int | None) -> Iterator[list[Row]]:
             lines, _, torn_line = (torn_line + file.read()).rpartition(b"\n")
             yield parse_rows(lines)
             if not over:
-                time.sleep(POLL_SECONDS)
+                time.sleep(0.2)
 
 
 def _read_status(run_dir: Path) -> str:

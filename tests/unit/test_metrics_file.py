@@ -53,7 +53,6 @@ def test_damage_in_the_middle_costs_its_own_line_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps(row(epoch)) for epoch in range(2)]
     path.write_text(f"{good[0]}\n\0\0\0\n[1]\n{{}}\n7\n{good[1]}\n{good[1]}\n")
-    (tmp_path / ".metrics.jsonl.left").write_text("by a kill during the same")
     MetricsFile(path, 5).close()
     assert path.read_text() == f"{good[0]}\n{good[1]}\n"
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
