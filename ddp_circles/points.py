@@ -13,8 +13,9 @@ def generate(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Make the training points and the test points: inputs, float32 [n, 2], and targets.
 
-    Targets are float32 zeros and ones for `circles` and `moons`, int64 numbers for `blobs`. Source: scikit-learn's
-    `make_circles`, `make_moons`, `make_blobs` and `train_test_split`.
+    `noise` is the standard deviation of the points, for blobs that of each blob. Targets are float32 zeros and ones for
+    `circles` and `moons`, int64 numbers for `blobs`. Source: scikit-learn's `make_circles`, `make_moons`, `make_blobs`
+    and `train_test_split`.
     """
     if dataset == "circles":
         points, classes = datasets.make_circles(n_samples, noise=noise, factor=factor, random_state=data_seed)
