@@ -109,7 +109,8 @@ def _fit_in_world(
     split = data or _make_points(config, world)
     split = Split(split.train.to(world.device), split.test.to(world.device))
 
-    optimizer = _make_optimizer(config, bare)
+    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
+    optimizer = kind(bare.parameters(), lr=config.lr, fused=True)
     tally = LocalTally(world.device)
     samples = len(split.train.inputs)
     recorder = Recorder(
@@ -171,11 +172,6 @@ def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
         be_deterministic()
         check_model(model)
     return model
-
-
-def _make_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
-    return kind(model.parameters(), lr=config.lr, fused=True)
 
 
 def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> ExactReducer | FastReducer:
