@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ class Ranks:
     def is_main(self) -> bool:
         """True for global rank 0, which speaks and writes."""
         return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """The rank and its host, for messages."""
+        return f"rank {self.rank} (host {socket.gethostname()})"
 
     @property
     def serves_store(self) -> bool:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import socket
 import sys
 import threading
 import time
@@ -210,8 +209,7 @@ class Watch:
         if not seen:
             return f"rank {rank} was never seen"
         age = max(0.0, time.time() - seen["since"])
-        where = f"{seen['phase']}, epoch {seen['epoch']}, step {seen['step']}, {age:.0f} s ago"
-        return f"rank {rank} (host {seen['host']}) {word + ', ' if word else ''}last seen in {where}"
+        return f"{seen['name']} {word + ', ' if word else ''}last seen in {seen['where']}, {age:.0f} s ago"
 
     def _seen(self, rank: int) -> dict[str, Any]:
         """The last heartbeat of `rank`; empty if it left none."""
@@ -245,8 +243,9 @@ class Watch:
     def _beat(self) -> None:
         phase, epoch, step, since = self.position
         self._beats += 1
-        place = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
-        self._store.set(f"beat/{self._ranks.rank}", json.dumps(place | {"count": self._beats}))
+        where = f"{phase}, epoch {epoch}, step {step}"
+        beat = {"name": self._ranks.name, "where": where, "since": since, "count": self._beats}
+        self._store.set(f"beat/{self._ranks.rank}", json.dumps(beat))
 
     def _end_unless_speaking(self, reason: str) -> None:
         """End the process, but let last words, which take bounded time, be said to their end."""

@@ -43,14 +43,14 @@ def _agree_on_device(store: Store, ranks: Ranks, device: str, backend: str) -> t
 
     Raises the same `UserError` on all ranks if they do not.
     """
-    host, chosen = socket.gethostname(), None
+    chosen = None
     try:
         chosen = choose_device(device, backend, ranks.local_rank)
         if chosen[0].type == "cuda":
             torch.cuda.set_device(chosen[0])
-        place = Place(host, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
+        place = Place(ranks.name, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
     except (UserError, RuntimeError) as error:  # RuntimeError: the GPU is there and does not work
-        place = Place(host, refusal=str(error))
+        place = Place(ranks.name, refusal=str(error))
     store.set(f"place/{ranks.rank}", json.dumps(place))
     if ranks.is_main:
         places = [Place(*json.loads(store.get(f"place/{rank}"))) for rank in range(ranks.world_size)]
@@ -126,7 +126,7 @@ class World:
     def together(self, action: Callable[[], T]) -> T:
         """Call `action` on every rank; if any rank refuses with a `UserError`, all ranks raise the same one."""
         result, refusal = _attempt(action)
-        if refusal := first_refusal(self.gather((socket.gethostname(), refusal))):
+        if refusal := first_refusal(self.gather((self.ranks.name, refusal))):
             raise UserError(refusal)
         return cast(T, result)
 
