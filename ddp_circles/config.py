@@ -92,12 +92,16 @@ class Config:
     @property
     def points(self) -> dict[str, Any]:
         """The settings that the points follow from, by name."""
-        return {name: getattr(self, name) for name in POINT_FIELDS}
+        names = ("dataset", "n_samples", "noise", "factor", "test_fraction", "data_seed")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def lasting(self) -> dict[str, Any]:
         """The settings that a run cannot change when it is continued, by name."""
-        return {name: getattr(self, name) for name in LASTING_FIELDS}
+        names = (
+            "hidden", "activation", "optimizer", "lr", "batch_size", "seed", "reduction", "micro_batches", "threads"
+        )  # fmt: skip
+        return self.points | {name: getattr(self, name) for name in names}
 
     def to_toml(self) -> str:
         """The settings as TOML, without those that belong to one start of a run and not to the run."""
@@ -106,14 +110,6 @@ class Config:
             del values[name]
         return tomli_w.dumps(values)
 
-
-POINT_FIELDS = ("dataset", "n_samples", "noise", "factor", "test_fraction", "data_seed")
-"""Fields that the points follow from."""
-LASTING_FIELDS = (
-    *POINT_FIELDS, "hidden", "activation", "optimizer", "lr", "batch_size", "seed", "reduction", "micro_batches",
-    "threads",
-)  # fmt: skip
-"""Fields that a run cannot change when it is continued."""
 
 _TUTORIAL = {"optimizer": "sgd", "lr": 0.1, "batch_size": 0}
 _BLOBS = {"dataset": "blobs", "noise": 1.5, "hidden": (8, 8), "activation": "none"}
