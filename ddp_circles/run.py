@@ -176,8 +176,7 @@ def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
 
 def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> ExactReducer | FastReducer:
     """The gradient reducer for `bare`, wrapped in DDP unless the world has one rank."""
-    alone = world.ranks.world_size == 1
-    replica = bare if alone else DistributedDataParallel(bare, gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(bare, gradient_as_bucket_view=True) if world.ranks.world_size > 1 else bare
     if config.reduction == "fast":
         return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
     idle = world.ranks.world_size - config.micro_batches
