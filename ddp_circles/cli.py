@@ -1,9 +1,11 @@
 """Shared by the command lines: a parse that only rank 0 speaks about, one message for a mistake, exit codes."""
 
+import io
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from typing import TypeVar
 
 import tyro
@@ -20,13 +22,9 @@ T = TypeVar("T")
 
 def parse(form: type[T], arguments: list[str], *, program: str, default: T | None = None, quiet: bool = False) -> T:
     """Read `arguments` into the dataclass `form`; help and mistakes end in `SystemExit`, without a word if `quiet`."""
-    return tyro.cli(
-        form,
-        args=arguments,
-        prog=f"python -m {program}",
-        default=default or tyro.MISSING_NONPROP,
-        console_outputs=not quiet,
-    )
+    silence = io.StringIO()
+    with redirect_stdout(silence) if quiet else nullcontext(), redirect_stderr(silence) if quiet else nullcontext():
+        return tyro.cli(form, args=arguments, prog=f"python -m {program}", default=default or tyro.MISSING_NONPROP)
 
 
 def run(command: Callable[[Ranks], int]) -> int:
