@@ -17,7 +17,7 @@ from torch import Tensor
 from ddp_circles.errors import UserError
 
 CACHED_FROM = 2_000_000
-"""Sets of at least this many samples are cached on disk, and shared by the ranks of a node."""
+"""Sets of at least this many samples are made once per node, kept in a file there, and shared by its ranks."""
 CACHED_PARTS = ("train_inputs", "train_targets", "test_inputs", "test_targets")
 CACHE_WAIT_SECONDS = 3600.0
 """Longest wait for another rank of the node to make a set; 10^8 samples take two minutes."""
@@ -61,7 +61,7 @@ def make_points(dataset: str, *, n_samples: int, **options: Any) -> Split:
     """
     arguments = options | {"dataset": dataset, "n_samples": n_samples}
     try:
-        return _cached(arguments) if is_cached(n_samples) else _generate(arguments)
+        return _cached(arguments) if n_samples >= CACHED_FROM else _generate(arguments)
     except MemoryError as error:
         raise UserError(f"--n-samples {n_samples} needs more memory than there is ({error}): use fewer") from None
     except (OSError, SafetensorError) as error:
@@ -71,15 +71,10 @@ def make_points(dataset: str, *, n_samples: int, **options: Any) -> Split:
         ) from None
 
 
-def is_cached(n_samples: int) -> bool:
-    """Tell if a set of `n_samples` is made once per node and kept in a file there."""
-    return n_samples >= CACHED_FROM
-
-
 def _generate(arguments: dict[str, Any]) -> Split:
     from ddp_circles import points  # noqa: PLC0415 - scikit-learn takes seconds to import, most ranks do without
 
-    return Split(*(Dataset(*part) for part in points.generate(**arguments)))
+    return points.generate(**arguments)
 
 
 def _cached(arguments: dict[str, Any]) -> Split:

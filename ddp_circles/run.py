@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ddp_circles import loop
 from ddp_circles.config import Config
-from ddp_circles.data import Split, is_cached, make_points
+from ddp_circles.data import CACHED_FROM, Split, make_points
 from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic, check_model
 from ddp_circles.fast import FastReducer
@@ -69,15 +69,20 @@ def fit(
     with stop_requested.listening():
         ranks = read_ranks()
         pin_threads(config.threads)
-        with (
-            _noting_errors(),
-            Watch(ranks) as watch,
-            open_world(ranks, config.device, config.backend, config.timeout) as world,
-            ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
-            _telling_others(world, watch),
-        ):
-            watch.connect(world.store)
-            return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
+        try:
+            with (
+                Watch(ranks) as watch,
+                open_world(ranks, config.device, config.backend, config.timeout) as world,
+                ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
+                _telling_others(world, watch),
+            ):
+                watch.connect(world.store)
+                return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
+        except UserError:
+            raise
+        except Exception as error:
+            get_error_handler().record_exception(error)  # torchrun's agent prints it once, labelled with the rank
+            raise
 
 
 def _fit_in_world(
@@ -158,10 +163,9 @@ def _fit_in_world(
 
 def _make_points(config: Config, world: World) -> Split:
     """The configuration's points on every rank."""
-    if is_cached(config.n_samples):
-        return world.together(lambda: make_points(**config.points))
-    # Rank 0 hands them round: the others need not import scikit-learn, which takes far longer than the points.
-    return world.on_rank_0(lambda: make_points(**config.points))
+    make = partial(make_points, **config.points)
+    # Rank 0 hands a small set round: the others need not import scikit-learn, which takes far longer than the points.
+    return world.together(make) if config.n_samples >= CACHED_FROM else world.on_rank_0(make)
 
 
 def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
@@ -247,18 +251,6 @@ def _draw(config: Config, bare: nn.Module, split: Split, found: Found) -> None:
         from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
         draw_run(bare, split, metrics=found.run_dir.metrics, folder=found.run_dir.plots)
-
-
-@contextmanager
-def _noting_errors() -> Iterator[None]:
-    """Note an unexpected error for torchrun's agent, which prints it once, labelled with the rank."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        get_error_handler().record_exception(error)
-        raise
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from ddp_circles import Config, data, fit, points
-from ddp_circles.data import Dataset, Split, make_points
+from ddp_circles.data import Split, make_points
 from ddp_circles.errors import UserError
 from ddp_circles.models import Classifier, class_count, correct_count, labels_of, loss_sum, probabilities_of
 from tests.harness.ranks import run_ranks
@@ -105,12 +105,8 @@ def small_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def made_afresh(dataset: str, arguments: dict[str, float]) -> Split:
-    return Split(*(Dataset(*part) for part in points.generate(dataset, **arguments)))  # type: ignore[arg-type]
-
-
 def test_a_stored_set_is_the_same_and_made_once(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = made_afresh("blobs", BLOBS)
+    fresh = points.generate("blobs", **BLOBS)  # type: ignore[arg-type]
     assert same(make_points("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
     assert not same(make_points("blobs", **(BLOBS | {"data_seed": 1})), fresh)  # type: ignore[arg-type]
     monkeypatch.setattr(points, "generate", None)
@@ -120,7 +116,7 @@ def test_a_stored_set_is_the_same_and_made_once(small_cache: Path, monkeypatch: 
 @pytest.mark.parametrize("name", ["*.safetensors", "*.sha256"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_stored_set_is_made_again(small_cache: Path, name: str, damage: str) -> None:
-    fresh = made_afresh("circles", CIRCLES)
+    fresh = points.generate("circles", **CIRCLES)  # type: ignore[arg-type]
     make_points("circles", **CIRCLES)  # type: ignore[arg-type]
     [file] = small_cache.glob(f"*/{name}")
     content = file.read_bytes()
