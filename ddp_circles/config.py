@@ -12,11 +12,8 @@ import tomli_w
 from ddp_circles.errors import UserError
 from ddp_circles.job.faults import Fault
 
-# Far beyond any use; larger values would end in some library's traceback instead of one clear message.
-MOST_SAMPLES = 2**31 - 1
-MOST_MICRO_BATCHES = 2**16
+# Limits here and below are far beyond any use; what exceeds them would end in some library's traceback.
 MOST_THREADS = 1024
-WIDEST = 2**16
 LONGEST_TIMEOUT = 10**8
 
 
@@ -90,34 +87,29 @@ class Config:
             object.__setattr__(self, "run_dir", Path(self.run_dir))
         if isinstance(self.hidden, list):
             object.__setattr__(self, "hidden", tuple(self.hidden))
-        _check_types(self)
-        _check_ranges(self)
+        _check(self)
 
     @property
     def points(self) -> dict[str, Any]:
         """The settings that the points follow from, by name."""
-        return {name: getattr(self, name) for name in POINT_FIELDS}
+        names = ("dataset", "n_samples", "noise", "factor", "test_fraction", "data_seed")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def lasting(self) -> dict[str, Any]:
         """The settings that a run cannot change when it is continued, by name."""
-        return {name: getattr(self, name) for name in LASTING_FIELDS}
+        names = (
+            "hidden", "activation", "optimizer", "lr", "batch_size", "seed", "reduction", "micro_batches", "threads"
+        )  # fmt: skip
+        return self.points | {name: getattr(self, name) for name in names}
 
     def to_toml(self) -> str:
-        """The settings as TOML, without those that belong to one start (`STARTUP_FIELDS`)."""
+        """The settings as TOML, without those that belong to one start of a run and not to the run."""
         values = dataclasses.asdict(self)
-        return tomli_w.dumps({key: value for key, value in values.items() if key not in STARTUP_FIELDS})
+        for name in ("run_dir", "resume", "fault"):
+            del values[name]
+        return tomli_w.dumps(values)
 
-
-POINT_FIELDS = ("dataset", "n_samples", "noise", "factor", "test_fraction", "data_seed")
-"""Fields that the points follow from."""
-LASTING_FIELDS = (
-    *POINT_FIELDS, "hidden", "activation", "optimizer", "lr", "batch_size", "seed", "reduction", "micro_batches",
-    "threads",
-)  # fmt: skip
-"""Fields that a run cannot change when it is continued."""
-STARTUP_FIELDS = ("run_dir", "resume", "fault")
-"""Fields that belong to one start of a run, not to the run."""
 
 _TUTORIAL = {"optimizer": "sgd", "lr": 0.1, "batch_size": 0}
 _BLOBS = {"dataset": "blobs", "noise": 1.5, "hidden": (8, 8), "activation": "none"}
@@ -129,53 +121,41 @@ RECIPES: dict[str, dict[str, Any]] = {
     "model_4": _TUTORIAL | _BLOBS | {"epochs": 100, "log_every": 10},
 }
 
-_TYPE_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    tuple[int, ...]: "whole numbers",
+_TYPES: dict[Any, tuple[Any, str]] = {
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    bool: (bool, "true or false"),
 }
 _WHOLE_RANGES = {
-    "n_samples": (2, MOST_SAMPLES),
+    "n_samples": (2, 2**31 - 1),
     "data_seed": (0, 2**32 - 1),
     "epochs": (1, math.inf),
     "batch_size": (0, math.inf),
     "seed": (0, 2**32 - 1),
-    "micro_batches": (1, MOST_MICRO_BATCHES),
+    "micro_batches": (1, 2**16),
     "checkpoint_steps": (0, math.inf),
     "log_every": (1, math.inf),
     "threads": (1, MOST_THREADS),
 }
 
 
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+def _check(config: Config) -> None:
+    """Check types, then ranges; raises `UserError` naming the flag."""
 
-
-def _matches(value: object, annotation: Any) -> bool:
-    if isinstance(value, bool):
-        return annotation is bool
-    if annotation == tuple[int, ...]:
-        return isinstance(value, tuple) and all(type(item) is int for item in value)
-    if get_origin(annotation) is Literal:
-        return isinstance(value, str)
-    return isinstance(value, (int, float) if annotation is float else annotation)
-
-
-def _check_types(config: Config) -> None:
-    for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), get_args(field.type)
-        if not _matches(value, field.type):
-            raise UserError(f"{_flag(field.name)} must be {_TYPE_NAMES.get(field.type, 'text')}, got {value!r}")
-        if get_origin(field.type) is Literal and value not in choices:
-            raise UserError(f"{_flag(field.name)} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_ranges(config: Config) -> None:
     def require(holds: bool, field: str, expected: str) -> None:
         if not holds:
-            raise UserError(f"{_flag(field)} must be {expected}, got {getattr(config, field)!r}")
+            raise UserError(f"--{field.replace('_', '-')} must be {expected}, got {getattr(config, field)!r}")
 
+    for known in dataclasses.fields(config):
+        value, kind = getattr(config, known.name), known.type
+        if get_origin(kind) is Literal:
+            holds, expected = value in get_args(kind), f"one of {', '.join(get_args(kind))}"
+        elif kind == tuple[int, ...]:
+            holds, expected = isinstance(value, tuple) and all(type(item) is int for item in value), "whole numbers"
+        else:
+            types, expected = _TYPES.get(kind, (kind, "text"))
+            holds = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+        require(holds, known.name, expected)
     for field, (least, most) in _WHOLE_RANGES.items():
         expected = f"{least} or more" if most == math.inf else f"between {least} and {most}"
         require(least <= getattr(config, field) <= most, field, expected)
@@ -187,7 +167,7 @@ def _check_ranges(config: Config) -> None:
     require(0 < config.test_fraction < 1, "test_fraction", "between 0 and 1, both excluded")
     tested = math.ceil(config.n_samples * config.test_fraction)
     require(1 <= tested < config.n_samples, "test_fraction", "such that both parts have a sample")
-    require(all(1 <= width <= WIDEST for width in config.hidden), "hidden", f"between 1 and {WIDEST} in each layer")
+    require(all(1 <= width <= 65536 for width in config.hidden), "hidden", "between 1 and 65536 in each layer")
     require(config.wandb_project.strip() != "", "wandb_project", "a name")
     if config.fault is not None:
         Fault.parse(config.fault)

@@ -3,24 +3,24 @@
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddp_circles.errors import UserError
 
 CACHED_FROM = 2_000_000
-"""Sets of at least this many samples are cached on disk, and shared by the ranks of a node."""
+"""Sets of at least this many samples are made once per node, kept in a file there, and shared by its ranks."""
+CACHED_PARTS = ("train_inputs", "train_targets", "test_inputs", "test_targets")
 CACHE_WAIT_SECONDS = 3600.0
 """Longest wait for another rank of the node to make a set; 10^8 samples take two minutes."""
-CACHE_FILES = ("train_inputs.npy", "train_targets.npy", "test_inputs.npy", "test_targets.npy")
 
 
 class Dataset(NamedTuple):
@@ -53,43 +53,28 @@ class Split(NamedTuple):
         return found.hexdigest()
 
 
-def make_points(
-    dataset: str, *, n_samples: int, noise: float, factor: float, test_fraction: float, data_seed: int
-) -> Split:
-    """Make `circles`, `moons` or `blobs` and split them; the same arguments give the same bits.
+def make_points(dataset: str, *, n_samples: int, **options: Any) -> Split:
+    """Make `circles`, `moons` or `blobs` and split them, as `points.generate` says; the same arguments, the same bits.
 
-    `noise` is the standard deviation of the points, for blobs that of each blob. Sets of `CACHED_FROM` samples or more
-    are made once per node and mapped into memory by all its ranks. Raises `UserError` if memory or disk
-    cannot hold so many.
+    Sets of `CACHED_FROM` samples or more are made once per node and mapped into memory by all its ranks. Raises
+    `UserError` if memory or disk cannot hold so many.
     """
-    arguments: dict[str, Any] = {
-        "dataset": dataset,
-        "n_samples": n_samples,
-        "noise": noise,
-        "factor": factor,
-        "test_fraction": test_fraction,
-        "data_seed": data_seed,
-    }
+    arguments = options | {"dataset": dataset, "n_samples": n_samples}
     try:
-        return _cached(arguments) if is_cached(n_samples) else _generate(arguments)
+        return _cached(arguments) if n_samples >= CACHED_FROM else _generate(arguments)
     except MemoryError as error:
         raise UserError(f"--n-samples {n_samples} needs more memory than there is ({error}): use fewer") from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"--n-samples {n_samples}: so many points are kept in a file, and it cannot be written ({error}): "
             "make room there, set TMPDIR to another folder, or use fewer"
         ) from None
 
 
-def is_cached(n_samples: int) -> bool:
-    """Tell if a set of `n_samples` is made once per node and kept in files there."""
-    return n_samples >= CACHED_FROM
-
-
 def _generate(arguments: dict[str, Any]) -> Split:
     from ddp_circles import points  # noqa: PLC0415 - scikit-learn takes seconds to import, most ranks do without
 
-    return Split(*(Dataset(*part) for part in points.generate(**arguments)))
+    return points.generate(**arguments)
 
 
 def _cached(arguments: dict[str, Any]) -> Split:
@@ -97,41 +82,26 @@ def _cached(arguments: dict[str, Any]) -> Split:
     recipe = json.dumps(arguments | {name: version(name) for name in ("scikit-learn", "numpy")}, sort_keys=True)
     cache = Path(tempfile.gettempdir()) / f"ddp_circles-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
-    folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    with FileLock(f"{folder}.lock", timeout=CACHE_WAIT_SECONDS):
-        if not _is_complete(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            _store(_generate(arguments), folder)
-    # Copy-on-write: the pages are shared by the node's ranks, and torch gets the writable memory that it insists on.
-    parts = [torch.from_numpy(np.load(folder / name, mmap_mode="c")) for name in CACHE_FILES]
+    file = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors"
+    checksum = file.with_suffix(".sha256")
+    with FileLock(file.with_suffix(".lock"), timeout=CACHE_WAIT_SECONDS):
+        if not (file.exists() and checksum.exists() and checksum.read_bytes() == _digest(file)):
+            file.unlink(missing_ok=True)  # not overwritten: a running training may have it mapped
+            _store(_generate(arguments), file)
+            checksum.write_bytes(_digest(file))
+    loaded = load_file(file)  # mapped: the pages are shared by the node's ranks
+    parts = [loaded[name] for name in CACHED_PARTS]
     return Split(Dataset(*parts[:2]), Dataset(*parts[2:]))
 
 
-def _store(split: Split, folder: Path) -> None:
-    """Write the parts of `split` and their checksums; `folder` appears when it is complete."""
-    made = folder.with_suffix(".partial")
-    shutil.rmtree(made, ignore_errors=True)  # left behind by a start that was killed here
-    made.mkdir()
+def _store(split: Split, file: Path) -> None:
     try:
-        for name, part in zip(CACHE_FILES, [*split.train, *split.test], strict=True):
-            np.save(made / name, part.numpy())
-        (made / "checksums.json").write_text(json.dumps(_checksums(made)))
-        made.rename(folder)
+        save_file(dict(zip(CACHED_PARTS, [*split.train, *split.test], strict=True)), file)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        file.unlink(missing_ok=True)
         raise
 
 
-def _is_complete(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / "checksums.json").read_text()) == _checksums(folder))
-    except (OSError, ValueError):
-        return False
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for name in CACHE_FILES:
-        with (folder / name).open("rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()

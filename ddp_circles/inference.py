@@ -96,11 +96,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], run_dir: Path) -> None:
-    def described(tensors: dict[str, Tensor], name: str) -> str:
-        return f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "missing"
-
     for name in sorted(weights.keys() | expected.keys()):
-        found, wanted = described(weights, name), described(expected, name)
+        found, wanted = (
+            f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "missing"
+            for tensors in (weights, expected)
+        )
         if found != wanted:
             raise UserError(
                 f"model.safetensors does not fit config.toml in {run_dir}: {name} is {found} in the first and {wanted} "

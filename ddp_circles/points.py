@@ -3,18 +3,17 @@
 import torch
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
-from torch import Tensor
 
+from ddp_circles.data import Dataset, Split
 from ddp_circles.models import BLOB_CENTRES
 
 
-def generate(
-    dataset: str, n_samples: int, noise: float, factor: float, test_fraction: float, data_seed: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def generate(dataset: str, n_samples: int, noise: float, factor: float, test_fraction: float, data_seed: int) -> Split:
     """Make the training points and the test points: inputs, float32 [n, 2], and targets.
 
-    Targets are float32 zeros and ones for `circles` and `moons`, int64 numbers for `blobs`. Source: scikit-learn's
-    `make_circles`, `make_moons`, `make_blobs` and `train_test_split`.
+    `noise` is the standard deviation of the points, for blobs that of each blob. Targets are float32 zeros and ones for
+    `circles` and `moons`, int64 numbers for `blobs`. Source: scikit-learn's `make_circles`, `make_moons`, `make_blobs`
+    and `train_test_split`.
     """
     if dataset == "circles":
         points, classes = datasets.make_circles(n_samples, noise=noise, factor=factor, random_state=data_seed)
@@ -30,4 +29,4 @@ def generate(
     train_inputs, test_inputs, train_targets, test_targets = train_test_split(
         inputs, targets, test_size=test_fraction, random_state=data_seed
     )
-    return (train_inputs, train_targets), (test_inputs, test_targets)
+    return Split(Dataset(train_inputs, train_targets), Dataset(test_inputs, test_targets))

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ddp_circles import loop
 from ddp_circles.config import Config
-from ddp_circles.data import Split, is_cached, make_points
+from ddp_circles.data import CACHED_FROM, Split, make_points
 from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic, check_model
 from ddp_circles.fast import FastReducer
@@ -68,15 +68,20 @@ def fit(
     with stop_requested.listening():
         ranks = read_ranks()
         pin_threads(config.threads)
-        with (
-            _noting_errors(),
-            Watch(ranks) as watch,
-            open_world(ranks, config.device, config.backend, config.timeout) as world,
-            ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
-            _telling_others(world, watch),
-        ):
-            watch.connect(world.store)
-            return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
+        try:
+            with (
+                Watch(ranks) as watch,
+                open_world(ranks, config.device, config.backend, config.timeout) as world,
+                ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
+                _telling_others(world, watch),
+            ):
+                watch.connect(world.store)
+                return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
+        except UserError:
+            raise
+        except Exception as error:
+            get_error_handler().record_exception(error)  # torchrun's agent prints it once, labelled with the rank
+            raise
 
 
 def _fit_in_world(
@@ -108,7 +113,8 @@ def _fit_in_world(
     split = data or _make_points(config, world)
     split = Split(split.train.to(world.device), split.test.to(world.device))
 
-    optimizer = _make_optimizer(config, bare)
+    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
+    optimizer = kind(bare.parameters(), lr=config.lr, fused=True)
     tally = LocalTally(world.device)
     samples = len(split.train.inputs)
     recorder = Recorder(
@@ -155,10 +161,9 @@ def _fit_in_world(
 
 def _make_points(config: Config, world: World) -> Split:
     """The configuration's points on every rank."""
-    if is_cached(config.n_samples):
-        return world.together(lambda: make_points(**config.points))
-    # Rank 0 hands them round: the others need not import scikit-learn, which takes far longer than the points.
-    return world.on_rank_0(lambda: make_points(**config.points))
+    make = partial(make_points, **config.points)
+    # Rank 0 hands a small set round: the others need not import scikit-learn, which takes far longer than the points.
+    return world.together(make) if config.n_samples >= CACHED_FROM else world.on_rank_0(make)
 
 
 def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
@@ -171,15 +176,9 @@ def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
     return model
 
 
-def _make_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
-    return kind(model.parameters(), lr=config.lr, fused=True)
-
-
 def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> ExactReducer | FastReducer:
     """The gradient reducer for `bare`, wrapped in DDP unless the world has one rank."""
-    alone = world.ranks.world_size == 1
-    replica = bare if alone else DistributedDataParallel(bare, gradient_as_bucket_view=True)
+    replica = DistributedDataParallel(bare, gradient_as_bucket_view=True) if world.ranks.world_size > 1 else bare
     if config.reduction == "fast":
         return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
     idle = world.ranks.world_size - config.micro_batches
@@ -249,18 +248,6 @@ def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
         from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
         draw_run(bare, split, run_dir)
-
-
-@contextmanager
-def _noting_errors() -> Iterator[None]:
-    """Note an unexpected error for torchrun's agent, which prints it once, labelled with the rank."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        get_error_handler().record_exception(error)
-        raise
 
 
 @contextmanager

@@ -17,17 +17,16 @@ def choose_device(device: str, backend: str, local_rank: int) -> tuple[torch.dev
     Raises `UserError` for a device or backend that this machine lacks.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cuda" and not gpus:
+    on_cuda = device == "cuda" or (device == "auto" and gpus > 0)
+    if backend == "auto":
+        backend = "nccl" if on_cuda else "gloo"
+    if on_cuda and not gpus:
         raise UserError("--device cuda was asked for and torch sees no CUDA device here: use --device cpu")
     if backend == "nccl" and not dist.is_nccl_available():
         raise UserError("--backend nccl was asked for and this torch has none: use --backend gloo")
-    on_cuda = device == "cuda" or (device == "auto" and gpus > 0)
     if backend == "nccl" and not on_cuda:
         raise UserError("--backend nccl needs --device cuda and a CUDA device: use --backend gloo")
-    chosen = backend if backend != "auto" else ("nccl" if on_cuda else "gloo")
-    if not on_cuda:
-        return torch.device("cpu"), chosen
-    return torch.device("cuda", local_rank % gpus), chosen
+    return torch.device("cuda", local_rank % gpus) if on_cuda else torch.device("cpu"), backend
 
 
 def device_uuid(device: torch.device) -> str:
@@ -38,7 +37,8 @@ def device_uuid(device: torch.device) -> str:
 class Place(NamedTuple):
     """The device of one rank, or the reason why it has none; compared before the ranks join."""
 
-    host: str
+    rank: str
+    """The rank's name."""
     kind: str = ""
     """Device type and backend."""
     uuid: str = ""
@@ -47,33 +47,27 @@ class Place(NamedTuple):
 
 def why_not_together(places: Sequence[Place]) -> str:
     """The reason why ranks at these places cannot be one job; empty if they can."""
-    if refusal := first_refusal([(place.host, place.refusal) for place in places]):
+    if refusal := first_refusal([(place.rank, place.refusal) for place in places]):
         return refusal
     kinds, users = defaultdict(list), defaultdict(list)
-    for rank, place in enumerate(places):
-        kinds[place.kind].append(rank)
-        users[place.uuid or str(rank)].append(rank)
+    for number, place in enumerate(places):
+        kinds[place.kind].append(place.rank)
+        users[place.uuid or str(number)].append(number)
     if len(kinds) > 1:
-        listed = "; ".join(f"{kind} on {len(of)}, first on {_name(of[0], places)}" for kind, of in kinds.items())
+        listed = "; ".join(f"{kind} on {len(ranks)}, first on {ranks[0]}" for kind, ranks in kinds.items())
         return f"the ranks would not meet ({listed}): give --device and --backend, or mend the node that is different"
     first, *others = max(users.values(), key=len)
     if others and "nccl" in places[0].kind:
         return (
-            f"{_name(first, places)} and rank {others[0]} have one CUDA device: start one rank per device, "
+            f"{places[first].rank} and rank {others[0]} have one CUDA device: start one rank per device, "
             "or let the ranks share with --backend gloo"
         )
     return ""
 
 
 def first_refusal(found: Sequence[tuple[str, str]]) -> str:
-    """The first refusal among all ranks' (host, refusal), with its rank unless all agree; empty if there is none."""
+    """The first refusal among all ranks' (name, refusal), with its rank unless all agree; empty if there is none."""
     refusals = {refusal for _, refusal in found}
     if len(refusals) == 1:
         return refusals.pop()
-    rank = next(rank for rank, (_, refusal) in enumerate(found) if refusal)
-    host, refusal = found[rank]
-    return f"rank {rank} (host {host}): {refusal}"
-
-
-def _name(rank: int, places: Sequence[Place]) -> str:
-    return f"rank {rank} (host {places[rank].host})"
+    return next(f"{rank}: {refusal}" for rank, refusal in found if refusal)

@@ -45,28 +45,26 @@ class Fault:
         return cls(match[1], *map(int, match.groups()[1:]))
 
 
+@dataclass(frozen=True)
 class Rehearsal:
-    """Makes `fault` happen in the training of `model` on this rank, once per run directory.
+    """Makes `fault` happen in the training of `model` on this rank, once per run directory."""
 
-    `marker`: the file in the run directory that remembers that it happened.
-    """
-
-    def __init__(self, fault: Fault, marker: Path, model: "nn.Module") -> None:
-        self._fault = fault
-        self._marker = marker
-        self._model = model
+    fault: Fault
+    marker: Path
+    """The file in the run directory that remembers that it happened."""
+    model: "nn.Module"
 
     def reach(self, step: int) -> None:
         """Let the fault happen if `step` is its step and it has not happened yet."""
-        kind = self._fault.kind
-        if step != self._fault.step or not _first_time(self._marker):
+        if step != self.fault.step or self.marker.exists():
             return
-        if kind == "raise":
+        self.marker.touch()
+        if self.fault.kind == "raise":
             raise InjectedFaultError(f"--fault asked for this in step {step}")
-        if kind == "nan":
-            spoil_next_gradient(self._model)
+        if self.fault.kind == "nan":
+            spoil_next_gradient(self.model)
         else:
-            strike(kind)
+            strike(self.fault.kind)
 
 
 def strike(kind: str) -> NoReturn:
@@ -87,13 +85,3 @@ def spoil_next_gradient(model: "nn.Module") -> None:
         return spoiled
 
     handle = next(model.parameters()).register_hook(spoil)
-
-
-def _first_time(marker: Path) -> bool:
-    try:
-        descriptor = os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        return False
-    os.fsync(descriptor)
-    os.close(descriptor)
-    return True

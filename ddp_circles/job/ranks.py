@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def set_thread_variables(threads: int) -> None:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among all processes of the job."""
+    """The place of this process among all processes of the job; raises `UserError` for one that cannot be."""
 
     rank: int = 0
     world_size: int = 1
@@ -51,10 +52,22 @@ class Ranks:
     error_file: Path | None = None
     """The file in which torchrun's agent looks for the error that ended this rank; None without an agent."""
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
+            raise UserError(
+                f"{self.launcher}'s variables contradict each other: rank {self.rank} of {self.world_size}, "
+                f"local rank {self.local_rank} of {self.local_world_size}"
+            )
+
     @property
     def is_main(self) -> bool:
         """True for global rank 0, which speaks and writes."""
         return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """The rank and its host, for messages."""
+        return f"rank {self.rank} (host {socket.gethostname()})"
 
     @property
     def serves_store(self) -> bool:
@@ -76,10 +89,9 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         return _torchrun_ranks(environment)
     if "WORLD_SIZE" in environment and environment.get("SLURM_STEP_NUM_TASKS") != environment["WORLD_SIZE"]:
         raise UserError("WORLD_SIZE is set without RANK: start with torchrun or srun, or unset WORLD_SIZE")
-    job_id = environment.get("SLURM_JOB_ID")
     if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         return _slurm_ranks(environment)
-    return Ranks(job_id=job_id)
+    return Ranks(job_id=environment.get("SLURM_JOB_ID"))
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -89,33 +101,23 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     return int(text)
 
 
-def _checked(ranks: Ranks) -> Ranks:
-    if not (0 <= ranks.rank < ranks.world_size and 0 <= ranks.local_rank < ranks.local_world_size <= ranks.world_size):
-        raise UserError(
-            f"{ranks.launcher}'s variables contradict each other: rank {ranks.rank} of {ranks.world_size}, "
-            f"local rank {ranks.local_rank} of {ranks.local_world_size}"
-        )
-    return ranks
-
-
 def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
     error_file = environment.get("TORCHELASTIC_ERROR_FILE")
-    return _checked(
-        Ranks(
-            rank=_number(environment, "RANK"),
-            world_size=_number(environment, "WORLD_SIZE"),
-            local_rank=_number(environment, "LOCAL_RANK", _number(environment, "RANK")),
-            local_world_size=_number(environment, "LOCAL_WORLD_SIZE", _number(environment, "WORLD_SIZE")),
-            nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
-            launcher="torchrun",
-            job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
-            restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
-            launch=environment.get(LAUNCH_VARIABLE),
-            store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
-            store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            error_file=Path(error_file) if error_file else None,
-        )
+    rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=_number(environment, "LOCAL_RANK", rank),
+        local_world_size=_number(environment, "LOCAL_WORLD_SIZE", world_size),
+        nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
+        launcher="torchrun",
+        job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
+        restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+        launch=environment.get(LAUNCH_VARIABLE),
+        store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
+        store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        error_file=Path(error_file) if error_file else None,
     )
 
 
@@ -125,18 +127,16 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
     host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""), nodes)
     port = _number(environment, "MASTER_PORT", 20000 + (job * 16 + step) % 20000)
-    return _checked(
-        Ranks(
-            rank=_number(environment, "SLURM_PROCID"),
-            world_size=world_size,
-            local_rank=_number(environment, "SLURM_LOCALID"),
-            local_world_size=_tasks_here(environment, world_size),
-            nodes=nodes,
-            launcher="srun",
-            job_id=environment["SLURM_JOB_ID"],
-            launch=environment.get(LAUNCH_VARIABLE),
-            store_address=(host, port) if world_size > 1 else None,
-        )
+    return Ranks(
+        rank=_number(environment, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_number(environment, "SLURM_LOCALID"),
+        local_world_size=_tasks_here(environment, world_size),
+        nodes=nodes,
+        launcher="srun",
+        job_id=environment["SLURM_JOB_ID"],
+        launch=environment.get(LAUNCH_VARIABLE),
+        store_address=(host, port) if world_size > 1 else None,
     )
 
 

@@ -2,15 +2,15 @@
 
 import contextlib
 import json
+import math
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import HashStore, Store
 
 from ddp_circles.job.ranks import Ranks, parent_at_start
 
@@ -27,8 +27,8 @@ LINGER_SECONDS = 1.0
 """Time that the rank which serves the store stays when all have spoken, for them to read the verdict."""
 WAITED = "waited"
 """The last word of a rank that failed because another one did."""
-NOBODY = ("all ranks waited", "no other rank to ask")
-"""Answers to who is missing that accuse no rank."""
+NOBODY = "all ranks waited"
+"""The answer to who is missing that accuses no rank."""
 
 Tell = Callable[[str], None]
 """Says why this rank ends, given who is missing."""
@@ -65,7 +65,8 @@ class Watch:
         self._ranks = ranks
         self._others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
         self._launcher = parent_at_start()
-        self._store: Store | None = None
+        self._store: Store = HashStore()
+        """Its own until it is connected; in a world of one for good."""
         self.position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
         """Phase, epoch, step, and the time of the mark."""
         self._beats = 0
@@ -89,9 +90,8 @@ class Watch:
     def connect(self, store: Store) -> None:
         """Leave heartbeats in `store` from now on."""
         if self._others:
-            own: Store = store.clone()  # type: ignore[attr-defined]
-            self._beat(own)
-            self._store = own
+            self._store = store.clone()  # type: ignore[attr-defined]
+            self._beat()
 
     def mark(self, phase: str, epoch: int, step: int) -> None:
         """Note where this rank is; cheap enough for every step."""
@@ -150,22 +150,20 @@ class Watch:
             self._linger()
 
     def _report_end(self, word: str) -> None:
-        store = self._store
-        if store is None:
+        if not self._others:
             return
         with contextlib.suppress(RuntimeError):  # the store may be gone, with the rank or the launcher that held it
-            self._beat(store)
-            store.set(f"end/{self._ranks.rank}", word)
+            self._beat()
+            self._store.set(f"end/{self._ranks.rank}", word)
             if word != WAITED:
-                store.compare_set("verdict", "", self._describe(store, self._ranks.rank, word))
-            store.set("failed", str(self._ranks.rank))
+                self._store.compare_set("verdict", "", self._describe(self._ranks.rank, word))
+            self._store.set("failed", str(self._ranks.rank))
 
     def _linger(self) -> None:
         """Give the others time to read the store, which goes down with this process."""
-        if self._store is not None:
-            with contextlib.suppress(RuntimeError):
-                self._gather_words(self._store)
-            time.sleep(LINGER_SECONDS)
+        with contextlib.suppress(RuntimeError):
+            self._gather_words()
+        time.sleep(LINGER_SECONDS)
 
     def _name_missing(self) -> str:
         """Say which ranks are to blame, where each was seen last and how long ago; the first who asks finds it out.
@@ -173,77 +171,67 @@ class Watch:
         The others wait for its verdict, in bounded time: if each looked at all, a large job would swamp the store.
         """
         store = self._store
-        if store is None:
-            return "no other rank to ask"
         try:
             deadline = time.monotonic() + 2 * WITNESS_SECONDS * (store.add("witnesses", 1) > 1)
             while not store.check(["verdict"]) and time.monotonic() < deadline:
                 time.sleep(0.1)
             if not store.check(["verdict"]):
-                store.compare_set("verdict", "", self._find_culprits(store))
+                store.compare_set("verdict", "", self._find_culprits())
             return store.get("verdict").decode()
         except RuntimeError:
             return self._verdict or "the store is gone too, with rank 0 or the launcher that held it"
 
-    def _find_culprits(self, store: Store) -> str:
+    def _find_culprits(self) -> str:
         """Name those who raised; else those whose process is gone; else those who live and do not answer."""
-        before = {rank: self._seen(store, rank).get("count") for rank in self._others}
-        words = self._gather_words(store)
+        before = {rank: self._seen(rank).get("count") for rank in self._others}
+        words = self._gather_words()
         raised = [rank for rank, word in words.items() if word != WAITED]
         silent = [rank for rank in self._others if rank not in words]
         # A rank that waits for another survivor is as silent as a dead one, but its heart beats.
-        gone = [rank for rank in silent if self._seen(store, rank).get("count") == before[rank]]
-        culprits = raised or gone or silent
-        return "; ".join(self._describe(store, rank, words.get(rank, "")) for rank in culprits) or "all ranks waited"
+        gone = [rank for rank in silent if self._seen(rank).get("count") == before[rank]]
+        return "; ".join(self._describe(rank, words.get(rank, "")) for rank in raised or gone or silent) or NOBODY
 
-    def _gather_words(self, store: Store) -> dict[int, str]:
+    def _gather_words(self) -> dict[int, str]:
         """The last words of the other ranks; ends when all have spoken, when one has raised, or in bounded time."""
         deadline = time.monotonic() + WITNESS_SECONDS
         words: dict[int, str] = {}
         while True:
             for rank in self._others:
-                if rank not in words and store.check([f"end/{rank}"]):
-                    words[rank] = store.get(f"end/{rank}").decode()
+                if rank not in words and self._store.check([f"end/{rank}"]):
+                    words[rank] = self._store.get(f"end/{rank}").decode()
             raised = any(word != WAITED for word in words.values())
             if raised or len(words) == len(self._others) or time.monotonic() >= deadline:
                 return words
             time.sleep(0.05)
 
-    def _describe(self, store: Store, rank: int, word: str) -> str:
-        seen = self._seen(store, rank)
+    def _describe(self, rank: int, word: str) -> str:
+        seen = self._seen(rank)
         if not seen:
             return f"rank {rank} was never seen"
         age = max(0.0, time.time() - seen["since"])
-        where = f"{seen['phase']}, epoch {seen['epoch']}, step {seen['step']}, {age:.0f} s ago"
-        return f"rank {rank} (host {seen['host']}) {word + ', ' if word else ''}last seen in {where}"
+        return f"{seen['name']} {word + ', ' if word else ''}last seen in {seen['where']}, {age:.0f} s ago"
 
-    @staticmethod
-    def _seen(store: Store, rank: int) -> dict[str, Any]:
+    def _seen(self, rank: int) -> dict[str, Any]:
         """The last heartbeat of `rank`; empty if it left none."""
-        return dict(json.loads(store.get(f"beat/{rank}"))) if store.check([f"beat/{rank}"]) else {}
+        beat = f"beat/{rank}"
+        return dict(json.loads(self._store.get(beat))) if self._store.check([beat]) else {}
 
     # ---- the thread
 
     def _run(self) -> None:
-        doomed_since: float | None = None
+        deadline = math.inf
         while not self._over.wait(BEAT_SECONDS):
             if os.getppid() != self._launcher:
                 self._end_unless_speaking("its launcher is gone")
             self.news = self._exchange()
-            if not self.news:
-                doomed_since = None
-                continue
-            now = time.monotonic()
-            doomed_since = doomed_since or now
-            if now - doomed_since > GRACE_SECONDS:
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS) if self.news else math.inf
+            if time.monotonic() > deadline:
                 self._end_unless_speaking(self.news)
 
     def _exchange(self) -> str:
         """Leave a heartbeat; returns why this process should not go on, nothing if it should."""
-        if self._store is None:
-            return ""
         try:
-            self._beat(self._store)
+            self._beat()
             if not self._store.check(["failed"]):
                 return ""
             if self._store.check(["verdict"]):
@@ -252,11 +240,12 @@ class Watch:
         except RuntimeError:
             return "the store of the job is gone"
 
-    def _beat(self, store: Store) -> None:
+    def _beat(self) -> None:
         phase, epoch, step, since = self.position
         self._beats += 1
-        place = {"host": socket.gethostname(), "phase": phase, "epoch": epoch, "step": step, "since": since}
-        store.set(f"beat/{self._ranks.rank}", json.dumps(place | {"count": self._beats}))
+        where = f"{phase}, epoch {epoch}, step {step}"
+        beat = {"name": self._ranks.name, "where": where, "since": since, "count": self._beats}
+        self._store.set(f"beat/{self._ranks.rank}", json.dumps(beat))
 
     def _end_unless_speaking(self, reason: str) -> None:
         """End the process, but let last words, which take bounded time, be said to their end."""

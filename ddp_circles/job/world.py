@@ -8,7 +8,9 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,15 +24,12 @@ from ddp_circles.job.ranks import Ranks, set_thread_variables
 from ddp_circles.job.watch import waiting
 from ddp_circles.terminal import say
 
-SHARED_STORE_VARIABLE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 HEARING_SECONDS = 5.0
 """Time that the rank that serves the store gives the others to read why the job is refused."""
 
 T = TypeVar("T")
 
 _world_numbers = itertools.count()
-_stores: dict[tuple[str, int], Store] = {}
-"""Kept open for the life of the process: other ranks may enter the next world before the rank that serves it."""
 
 
 def pin_threads(threads: int) -> None:
@@ -44,14 +43,14 @@ def _agree_on_device(store: Store, ranks: Ranks, device: str, backend: str) -> t
 
     Raises the same `UserError` on all ranks if they do not.
     """
-    host, chosen = socket.gethostname(), None
+    chosen = None
     try:
         chosen = choose_device(device, backend, ranks.local_rank)
         if chosen[0].type == "cuda":
             torch.cuda.set_device(chosen[0])
-        place = Place(host, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
+        place = Place(ranks.name, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
     except (UserError, RuntimeError) as error:  # RuntimeError: the GPU is there and does not work
-        place = Place(host, refusal=str(error))
+        place = Place(ranks.name, refusal=str(error))
     store.set(f"place/{ranks.rank}", json.dumps(place))
     if ranks.is_main:
         places = [Place(*json.loads(store.get(f"place/{rank}"))) for rank in range(ranks.world_size)]
@@ -66,21 +65,19 @@ def _agree_on_device(store: Store, ranks: Ranks, device: str, backend: str) -> t
     return chosen
 
 
+@dataclass(frozen=True)
 class World:
     """An open process group: the ranks, their device, their store, and the collectives the package needs."""
 
-    def __init__(
-        self, ranks: Ranks, device: torch.device, backend: str, store: Store, timeout: float, number: int
-    ) -> None:
-        self.ranks = ranks
-        self.device = device
-        self.backend = backend
-        self.store = store
-        """The key-value store of this start's ranks."""
-        self.timeout = timeout
-        """Seconds that a collective may take."""
-        self.number = number
-        """Worlds that this process has opened before; the same on all ranks."""
+    ranks: Ranks
+    device: torch.device
+    backend: str
+    store: Store
+    """The key-value store of this start's ranks."""
+    timeout: float
+    """Seconds that a collective may take."""
+    number: int
+    """Worlds that this process has opened before; the same on all ranks."""
 
     @property
     def patience(self) -> float:
@@ -113,18 +110,12 @@ class World:
 
     def on_rank_0(self, action: Callable[[], T]) -> T:
         """Call `action` on rank 0 alone; returns its result, or raises its `UserError`, on every rank."""
-        result: T | None = None
-        refusal = ""
-        if self.ranks.is_main:
-            try:
-                result = action()
-            except UserError as error:
-                refusal = str(error)
-        box = [result, refusal]
+        box = list(_attempt(action)) if self.ranks.is_main else [None, ""]
         dist.broadcast_object_list(box, src=0, device=self.device)
-        if box[1]:
-            raise UserError(box[1])
-        return cast(T, box[0])
+        result, refusal = box
+        if refusal:
+            raise UserError(refusal)
+        return cast(T, result)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in the order of ranks, on every rank."""
@@ -134,15 +125,18 @@ class World:
 
     def together(self, action: Callable[[], T]) -> T:
         """Call `action` on every rank; if any rank refuses with a `UserError`, all ranks raise the same one."""
-        done: list[T] = []
-        refusal = ""
-        try:
-            done.append(action())
-        except UserError as error:
-            refusal = str(error)
-        if refusal := first_refusal(self.gather((socket.gethostname(), refusal))):
+        result, refusal = _attempt(action)
+        if refusal := first_refusal(self.gather((self.ranks.name, refusal))):
             raise UserError(refusal)
-        return done[0]
+        return cast(T, result)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """The result of `action`, or the text of its `UserError`."""
+    try:
+        return action(), ""
+    except UserError as error:
+        return None, str(error)
 
 
 @contextmanager
@@ -153,16 +147,14 @@ def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> Itera
     `ConnectionError` if the ranks do not find each other, and the same `UserError` on all ranks if their devices do not
     go together or if they would look for each other at stale addresses.
     """
-    card = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
     number = next(_world_numbers)
     try:
         store = _open_store(ranks, timedelta(seconds=timeout), number)
-        own, chosen = _agree_on_device(store, ranks, device, backend)
-        card = "NCCL_SOCKET_IFNAME" if chosen == "nccl" else "GLOO_SOCKET_IFNAME"
-        if ranks.nodes == 1 and chosen == "gloo":
+        own, backend = _agree_on_device(store, ranks, device, backend)
+        if ranks.nodes == 1 and backend == "gloo":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
-            chosen,
+            backend,
             store=store,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -170,12 +162,13 @@ def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> Itera
             device_id=own if own.type == "cuda" else None,
         )
     except (RuntimeError, OSError) as error:
+        card = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
         raise ConnectionError(
             f"rank {ranks.rank} did not find the other {ranks.world_size - 1} ranks at {ranks.store_address}: {error}\n"
             f"If the nodes have several network cards, name the one they share in {card}."
         ) from error
     try:
-        yield World(ranks, own, chosen, store, timeout, number)
+        yield World(ranks, own, backend, store, timeout, number)
     finally:
         dist.destroy_process_group()
 
@@ -184,16 +177,17 @@ def _open_store(ranks: Ranks, timeout: timedelta, number: int) -> Store:
     """Open the ranks' key-value store, with a name space for each restart and each world of a process."""
     if ranks.store_address is None:
         return HashStore()
-    store = _stores[ranks.store_address] = _stores.get(ranks.store_address) or _connect(ranks, timeout)
     # An agent's store outlives the workers. Any other is new at each start, where the nodes' restart counts may differ.
-    return PrefixStore(f"start {ranks.restarts if ranks.store_is_the_agents else 0} world {number}", store)
+    start = ranks.restarts if ranks.store_is_the_agents else 0
+    return PrefixStore(f"start {start} world {number}", _connect(ranks, timeout))
 
 
+@cache  # open for the life of the process: other ranks may enter the next world before the rank that serves it
 def _connect(ranks: Ranks, timeout: timedelta) -> Store:
     assert ranks.store_address is not None
     if ranks.restarts and ranks.nodes > 1 and ranks.store_is_the_agents:
         raise UserError(
-            f"restarts between nodes need {SHARED_STORE_VARIABLE}=1 in the environment of every torchrun: "
+            "restarts between nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun: "
             "without it the ranks meet at stale addresses (launch/multi_node.sh sets it)"
         )
     host, port = ranks.store_address

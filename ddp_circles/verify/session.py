@@ -119,7 +119,7 @@ class Session:
 
     def tell_end(self, reason: str, word: str, missing: str) -> None:
         """Say why this rank ends before its time and who is missing; rank 0 writes what is known so far."""
-        missing = "" if missing in NOBODY else missing
+        missing = "" if missing == NOBODY else missing
         self._watch.say(f"{reason}; missing: {missing or 'no rank'}")
         if self._ranks.is_main:
             why = reason if word == WAITED else f"{reason}: it {word}"

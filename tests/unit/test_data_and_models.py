@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from ddp_circles import Config, data, fit, points
-from ddp_circles.data import Dataset, Split, make_points
+from ddp_circles.data import Split, make_points
 from ddp_circles.errors import UserError
 from ddp_circles.models import Classifier, class_count, correct_count, labels_of, loss_sum, probabilities_of
 from tests.harness.ranks import run_ranks
@@ -104,31 +105,44 @@ def small_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def made_afresh(dataset: str, arguments: dict[str, float]) -> Split:
-    return Split(*(Dataset(*part) for part in points.generate(dataset, **arguments)))  # type: ignore[arg-type]
-
-
 def test_a_stored_set_is_the_same_and_made_once(small_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = made_afresh("blobs", BLOBS)
+    fresh = points.generate("blobs", **BLOBS)  # type: ignore[arg-type]
     assert same(make_points("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
     assert not same(make_points("blobs", **(BLOBS | {"data_seed": 1})), fresh)  # type: ignore[arg-type]
     monkeypatch.setattr(points, "generate", None)
     assert same(make_points("blobs", **BLOBS), fresh)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["train_inputs.npy", "test_targets.npy", "checksums.json"])
+@pytest.mark.parametrize("name", ["*.safetensors", "*.sha256"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_stored_set_is_made_again(small_cache: Path, name: str, damage: str) -> None:
-    fresh = made_afresh("circles", CIRCLES)
+    fresh = points.generate("circles", **CIRCLES)  # type: ignore[arg-type]
     make_points("circles", **CIRCLES)  # type: ignore[arg-type]
-    [file] = small_cache.glob(f"*/*/{name}")
+    [file] = small_cache.glob(f"*/{name}")
     content = file.read_bytes()
     if damage == "gone":
         file.unlink()
     else:
-        file.write_bytes(content[:-9] + (b"" if damage == "cut" else bytes(9)))
+        *before, last = content
+        file.write_bytes(bytes(before) + (b"" if damage == "cut" else bytes([last ^ 255])))
     assert same(make_points("circles", **CIRCLES), fresh)  # type: ignore[arg-type]
     assert file.read_bytes() == content
+
+
+def store_on_a_small_disk(folder: str) -> tuple[str, list[str]]:
+    """Make a stored set where no file can have more than 4,000 bytes; returns the refusal, and what is left."""
+    data.CACHED_FROM = 1
+    tempfile.tempdir = folder
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
+    with pytest.raises(UserError) as refused:
+        make_points("circles", **CIRCLES)  # type: ignore[arg-type]
+    return str(refused.value), [path.suffix for path in Path(folder).glob("*/*")]
+
+
+def test_a_full_disk_is_the_users_to_put_right_and_leaves_nothing(tmp_path: Path) -> None:
+    [(refusal, left)] = run_ranks(store_on_a_small_disk, 1, str(tmp_path))
+    assert re.match(r"^--n-samples 1000: .* cannot be written .*File too large.* set TMPDIR ", refusal)
+    assert left == [".lock"]
 
 
 def test_a_set_that_cannot_be_stored_is_the_users_to_put_right(small_cache: Path) -> None:
@@ -175,7 +189,7 @@ def make_at_once(folder: str) -> tuple[float, list[str]]:
 def test_ranks_that_ask_at_once_make_one_set(tmp_path: Path) -> None:
     [(total, names), *others] = run_ranks(make_at_once, 3, str(tmp_path))
     assert {other for other, _ in others} == {total}
-    assert len([name for name in names if not name.endswith(".lock")]) == 1
+    assert len([name for name in names if name.endswith(".safetensors")]) == 1
 
 
 class CircleModelV1(nn.Module):

@@ -59,24 +59,31 @@ def test_ranks_that_see_one_gpu_each_take_that_one(monkeypatch: pytest.MonkeyPat
     assert choose_device("cuda", "gloo", 2) == (torch.device("cuda:0"), "gloo")
 
 
-ON_A = Place("a", "cuda with nccl", "GPU-1")
+A, B = "rank 0 (host a)", "rank 1 (host b)"
+ON_A = Place(A, "cuda with nccl", "GPU-1")
 
 
 @pytest.mark.parametrize(
     ("places", "why"),
     [
         ([ON_A], ""),
-        ([ON_A, Place("a", "cuda with nccl", "GPU-2")], ""),
+        ([ON_A, Place(A, "cuda with nccl", "GPU-2")], ""),
         ([ON_A, ON_A], "rank 0 (host a) and rank 1 have one CUDA device: start one rank per device, or let"),
         ([ON_A._replace(kind="cuda with gloo")] * 3, ""),
-        ([Place("a", "cpu with gloo")] * 3, ""),
+        ([Place(A, "cpu with gloo")] * 3, ""),
         (
-            [ON_A, Place("b", "cpu with gloo"), Place("b", "cpu with gloo")],
+            [ON_A, Place(B, "cpu with gloo"), Place(B, "cpu with gloo")],
             "the ranks would not meet (cuda with nccl on 1, first on rank 0 (host a); cpu with gloo on 2, first on",
         ),
-        ([ON_A, Place("b", refusal="--device cuda: none")], "rank 1 (host b): --device cuda: none"),
-        ([Place("a", refusal="--device cuda: none"), Place("b", refusal="--device cuda: none")], "--device cuda: none"),
-        ([Place("a", refusal="busy"), Place("b", refusal="none")], "rank 0 (host a): busy"),
+        ([ON_A, Place(B, refusal="--device cuda: none")], "rank 1 (host b): --device cuda: none"),
+        (
+            [
+                Place(A, refusal="--device cuda: none"),
+                Place(B, refusal="--device cuda: none"),
+            ],
+            "--device cuda: none",
+        ),
+        ([Place(A, refusal="busy"), Place(B, refusal="none")], "rank 0 (host a): busy"),
     ],
 )
 def test_ranks_that_cannot_form_one_job_are_refused(places: list[Place], why: str) -> None:

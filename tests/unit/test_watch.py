@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from ddp_circles.job import watch as health
 from ddp_circles.job.ranks import Ranks, parent_at_start
 from ddp_circles.job.watch import NOBODY, WAITED, Watch, waiting
+from ddp_circles.verify import alarm
 from ddp_circles.verify.board import Board
 from tests.harness.ranks import Job, free_port, run_ranks
 
@@ -84,7 +85,7 @@ def test_nothing_is_awaited_once_all_have_reported(store: Store, monkeypatch: py
     second._report_end(WAITED)
     first._report_end(WAITED)
     first._linger()
-    assert first._name_missing() in NOBODY
+    assert first._name_missing() == NOBODY
     assert time.monotonic() - begun < health.WITNESS_SECONDS
 
 
@@ -103,11 +104,11 @@ def test_a_store_that_is_gone_is_said_and_not_raised(store: Store, monkeypatch: 
     assert first._exchange() == "the store of the job is gone"
 
 
-def test_a_world_of_one_has_nobody_to_ask(store: Store) -> None:
+@pytest.mark.parametrize("word", [WAITED, "raised ValueError"])
+def test_a_world_of_one_has_nobody_to_ask(store: Store, word: str) -> None:
     (only,) = watches(store, 1)
-    only._report_end(WAITED)
-    only._linger()
-    assert only._name_missing() in NOBODY
+    only.last_words(word)
+    assert only._name_missing() == NOBODY
     assert only._exchange() == ""
 
 
@@ -267,19 +268,19 @@ def test_a_process_says_its_last_words_once() -> None:
     assert re.fullmatch(r"rank 0: rank 0 \(host .*\) raised ValueError, last seen in start, .* ago\n", outcome.output)
 
 
-# ---- the guard
+# ---- the alarm
 
 Told = list[tuple[str, str]]
-"""Reasons and last words with which a guard would have ended the process."""
+"""Reasons and last words with which an alarm would have ended the process."""
 
 
-def guard(monkeypatch: pytest.MonkeyPatch, patience: float, until: Callable[[Told], bool]) -> Told:
-    """Be guarded, in a place where nothing moves, until something is told."""
+def set_alarm(monkeypatch: pytest.MonkeyPatch, patience: float, until: Callable[[Told], bool]) -> Told:
+    """Be in a place where nothing moves, under an alarm, until something is told."""
     told: Told = []
     watch = Watch(Ranks())
-    monkeypatch.setattr(health, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(alarm, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(watch, "end", lambda _word, tell: tell("nobody"))
-    with watch.guarding(patience, lambda reason, word, _missing: told.append((reason, word))):
+    with alarm.alarm(watch, patience, lambda reason, word, _missing: told.append((reason, word))):
         watch.mark("speed", 0, 3)
         deadline = time.monotonic() + 10
         while not until(told) and time.monotonic() < deadline:
@@ -287,30 +288,30 @@ def guard(monkeypatch: pytest.MonkeyPatch, patience: float, until: Callable[[Tol
     return told
 
 
-def test_a_guard_ends_what_does_not_move_and_says_where_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason, word = guard(monkeypatch, 0.3, bool)[0]
+def test_an_alarm_ends_what_does_not_move_and_says_where_it_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason, word = set_alarm(monkeypatch, 0.3, bool)[0]
     assert reason.startswith("no progress since speed, step 3, for ")
-    assert word.startswith("hangs in guard (test_watch.py, line ")
+    assert word.startswith("hangs in set_alarm (test_watch.py, line ")
 
 
 def test_a_rank_that_waits_for_others_does_not_accuse_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with waiting:
-        assert guard(monkeypatch, 0.3, bool)[0][1] == WAITED
+        assert set_alarm(monkeypatch, 0.3, bool)[0][1] == WAITED
     assert not waiting
 
 
-def test_a_guard_is_silent_while_there_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alarm_is_silent_while_there_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = time.monotonic()
-    assert guard(monkeypatch, 60.0, lambda _: time.monotonic() - begun > 0.5) == []
+    assert set_alarm(monkeypatch, 60.0, lambda _: time.monotonic() - begun > 0.5) == []
 
 
-def test_a_guard_hears_a_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "STOP_SIGNALS", (signal.SIGUSR2,))
+def test_an_alarm_hears_a_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarm, "STOP_SIGNALS", (signal.SIGUSR2,))
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
         sender = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR2))
         sender.start()
-        assert guard(monkeypatch, 60.0, bool) == [("asked to end by SIGUSR2", WAITED)]
+        assert set_alarm(monkeypatch, 60.0, bool) == [("asked to end by SIGUSR2", WAITED)]
         sender.join()
     finally:
         signal.signal(signal.SIGUSR2, before)
