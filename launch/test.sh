@@ -4,4 +4,4 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "$0")/setup.sh"
 cd "$project"
-exec python3 -m pytest --numprocesses=auto --dist=loadgroup "$@"
+exec python3 -m pytest --numprocesses=auto "$@"

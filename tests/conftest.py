@@ -10,6 +10,8 @@ from multiprocessing import forkserver, resource_tracker
 
 import psutil
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling, Scheduling
 
 from tests.harness.ranks import LAUNCHER_VARIABLES
 
@@ -46,7 +48,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The lanes in which `launch/test.sh` runs tests side by side: one more than cores, for most tests wait.
 
@@ -57,16 +58,24 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if single_files or config.getoption("capture") == "no" else min(os.cpu_count() or 1, MOST_LANES - 1) + 1
 
 
-@pytest.hookimpl(tryfirst=True)
+class Lanes(LoadScopeScheduling):  # type: ignore[misc] - xdist is not typed
+    """Hands out tests one by one, but those on the Slurm cluster together: they share it, and wait most of the time."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith("tests/slurm/") else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    """Distribute tests over the lanes."""
+    return Lanes(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the thorough tests without `--all`, and the long rehearsals unless `-m` speaks of them.
 
-    The tests that take longest come first, lest one lane is left with them; those on the Slurm cluster share a lane.
+    The tests that take longest come first, lest one lane is left with them.
     """
     items.sort(key=lambda item: item.path.parent.name not in LONGEST)
-    for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
     left_out = set() if "long" in config.getoption("markexpr") else {"long"}
     if not config.getoption("all"):
         left_out.add("thorough")

@@ -64,7 +64,7 @@ def test_what_the_end_of_a_step_means(
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" >> requeued\n')
     (tmp_path / "scontrol").chmod(0o755)
     environment = os.environ | {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["bash", PROGRAMS / "supervise.sh", PROJECT, step]
+    command: list[str | Path] = ["bash", PROGRAMS / "supervise.sh", PROJECT, step]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == code, done.stdout + done.stderr
     assert line in done.stdout.splitlines()[-1]

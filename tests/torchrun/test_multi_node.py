@@ -11,13 +11,19 @@ import psutil
 import pytest
 
 from tests.harness.ranks import free_port
-from tests.harness.runs import PROJECT, QUIET, Bits, Command, bits
+from tests.harness.runs import PLAIN, PROJECT, QUIET, Bits, Command, bits, finish
 from tests.harness.training import EPOCHS, SETTINGS, STEPS_PER_EPOCH, epochs_done
 
 pytestmark = pytest.mark.timeout(300)
 
 Launch = Callable[..., Command]
 MIDDLE = EPOCHS // 2 * STEPS_PER_EPOCH
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Bits:
+    """The bits of one plain process."""
+    return finish(PLAIN, tmp_path_factory.mktemp("undisturbed"), *SETTINGS)
 
 
 @pytest.fixture
