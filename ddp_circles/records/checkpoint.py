@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,11 @@ def decode(content: bytes) -> State:
     return state
 
 
-@dataclass(frozen=True)
 class Checkpoints:
     """The last few checkpoints of a run, one file each, in `folder`."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def files(self) -> list[Path]:
         """The checkpoint files, newest first."""
