@@ -58,7 +58,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if single_files or config.getoption("capture") == "no" else min(os.cpu_count() or 1, MOST_LANES - 1) + 1
 
 
-class Lanes(LoadScopeScheduling):  # type: ignore[misc] - xdist is not typed
+class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # xdist is not typed
     """Hands out tests one by one, but those on the Slurm cluster together: they share it, and wait most of the time."""
 
     def _split_scope(self, nodeid: str) -> str:

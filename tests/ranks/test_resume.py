@@ -5,6 +5,7 @@ import pickle
 import resource
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,23 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Bits:
     return finish(PLAIN, tmp_path_factory.mktemp("alone"), *TINY)
 
 
-def kill_at(step: int, size: int, run_dir: Path, *flags: str) -> None:
-    """Train until the last rank is killed before `step`, and everything else with it."""
+def kill_at(
+    step: int, size: int, run_dir: Path, every: int, *flags: str, variables: Mapping[str, str] | None = None
+) -> None:
+    """Train with a checkpoint every `every` steps until the last rank is killed before `step`; then kill the others.
+
+    Rank 0 may still be writing the checkpoint that is due by then, so it gets the time.
+    """
     (run_dir / "fault").unlink(missing_ok=True)
-    with start(size, run_dir, *TINY, f"--fault=kill@{size - 1}:{step}", *flags) as job:
+    flags = (f"--checkpoint-steps={every}", f"--fault=kill@{size - 1}:{step}", *flags)
+    with start(size, run_dir, *TINY, *flags, variables=variables) as job:
         job.processes[-1].join(60)
         assert job.processes[-1].exitcode == -signal.SIGKILL, job.output(size - 1)
+        due = step // every * every
+        while checkpoint_steps(run_dir)[0] != due and job.processes[0].is_alive():
+            job.processes[0].join(0.01)
         job.signal(signal.SIGKILL)
+    assert checkpoint_steps(run_dir)[0] == due
 
 
 # The sizes of the worlds that train one after the other: every size is continued at every other one.
@@ -66,27 +77,25 @@ def test_killed_and_continued_at_other_sizes(tmp_path: Path, alone: Bits, every:
     *worlds, last = WORLDS[every]
     for count, size in enumerate(worlds, start=1):
         step = every + 7 * count - 3
-        kill_at(step, size, tmp_path, f"--checkpoint-steps={every}")
-        assert checkpoint_steps(tmp_path)[0] == step // every * every
+        kill_at(step, size, tmp_path, every)
     assert finish(last, tmp_path, *TINY) == alone
 
 
 def test_a_run_killed_between_training_and_evaluation_evaluates(tmp_path: Path, alone: Bits) -> None:
-    kill_at(2 * STEPS_PER_EPOCH, 2, tmp_path, f"--checkpoint-steps={STEPS_PER_EPOCH}")
+    kill_at(2 * STEPS_PER_EPOCH, 2, tmp_path, STEPS_PER_EPOCH)
     state = newest_state(tmp_path)
     assert (state["epoch"], state["step"], state["train"][2]) == (1, STEPS_PER_EPOCH, 100)
     assert finish(3, tmp_path, *TINY) == alone
 
 
 def test_plain_runs_are_continued_by_ranks_and_the_other_way_round(tmp_path: Path, alone: Bits) -> None:
-    kill_at(10, PLAIN + 1, tmp_path, "--checkpoint-steps=3")
-    kill_at(20, 3, tmp_path, "--checkpoint-steps=3")
+    kill_at(10, PLAIN + 1, tmp_path, 3)
+    kill_at(20, 3, tmp_path, 3)
     assert finish(PLAIN, tmp_path, *TINY) == alone
 
 
 def test_fast_runs_are_continued(tmp_path: Path) -> None:
-    kill_at(17, 2, tmp_path, "--reduction=fast", "--checkpoint-steps=7")
-    assert checkpoint_steps(tmp_path)[0] == 14
+    kill_at(17, 2, tmp_path, 7, "--reduction=fast")
     fast = finish(3, tmp_path, *TINY, "--reduction=fast")
     undisturbed = finish(3, tmp_path / "undisturbed", *TINY, "--reduction=fast")
     for row, expected in zip(fast.rows, undisturbed.rows, strict=True):
@@ -97,7 +106,7 @@ def test_fast_runs_are_continued(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused_by_name_and_free_ones_accepted(tmp_path: Path, alone: Bits) -> None:
-    kill_at(10, 1, tmp_path, "--checkpoint-steps=5")
+    kill_at(10, 1, tmp_path, 5)
     for flags, names in (
         (("--lr=0.5", "--hidden", "3"), ("--lr (0.01 there, 0.5 here)", "--hidden (10 10 there, 3 here)")),
         (("--batch-size=8", "--micro-batches=4", "--seed=1"), ("--batch-size", "--micro-batches", "--seed")),
@@ -137,13 +146,13 @@ def test_must_wants_a_checkpoint_and_never_wants_none(tmp_path: Path, alone: Bit
     assert_refused(outcomes[0], "--resume must: there is no checkpoint in", "empty/checkpoints")
     assert (outcomes[1].code, outcomes[1].output) == (2, "")
 
-    kill_at(10, 1, tmp_path, "--checkpoint-steps=5", "--seed=1")
+    kill_at(10, 1, tmp_path, 5, "--seed=1")
     assert finish(1, tmp_path, *TINY, "--resume=never") == alone
     assert newest_state(tmp_path)["settings"]["seed"] == 42
 
 
 def test_a_restart_does_not_start_over_under_never(tmp_path: Path, alone: Bits) -> None:
-    kill_at(10, 2, tmp_path, "--checkpoint-steps=5", "--resume=never")
+    kill_at(10, 2, tmp_path, 5, "--resume=never")
     with start(2, tmp_path, *TINY, "--resume=never", restarts=1) as job:
         first, _ = job.wait(60)
     assert "continue after step 10" in first.output
@@ -151,13 +160,9 @@ def test_a_restart_does_not_start_over_under_never(tmp_path: Path, alone: Bits) 
 
 
 def test_never_discards_once_however_often_the_launcher_starts_again(tmp_path: Path, alone: Bits) -> None:
-    kill_at(10, 1, tmp_path, "--checkpoint-steps=5", "--seed=1")
+    kill_at(10, 1, tmp_path, 5, "--seed=1")
     never = (*TINY, "--resume=never", "--checkpoint-steps=5")
-    first = (*never, "--fault=kill@1:10")
-    (tmp_path / "fault").unlink()
-    with start(2, tmp_path, *first, variables={"DDP_CIRCLES_START": "job 7"}) as job:
-        job.processes[1].join(60)
-        job.signal(signal.SIGKILL)
+    kill_at(10, 2, tmp_path, 5, "--resume=never", variables={"DDP_CIRCLES_START": "job 7"})
     with start(3, tmp_path, *never, variables={"DDP_CIRCLES_START": "job 7"}) as job:
         outcome, *_ = job.wait(60)
     assert "continue after step 10" in outcome.output
@@ -168,7 +173,7 @@ def test_never_discards_once_however_often_the_launcher_starts_again(tmp_path: P
 
 
 def test_an_end_that_lies_behind_is_refused(tmp_path: Path, alone: Bits) -> None:
-    kill_at(17, 1, tmp_path, "--checkpoint-steps=1")  # in the third of four epochs
+    kill_at(17, 1, tmp_path, 1)  # in the third of four epochs
     (outcome,) = run(1, tmp_path, *TINY, "--epochs=2")
     assert_refused(outcome, f"--epochs 2: {tmp_path} has come to epoch 3 already; ask for as many, or more")
     assert finish(2, tmp_path, *TINY) == alone
@@ -218,7 +223,7 @@ def damage(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["cut short", "empty", "flipped", "malicious"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, alone: Bits, kind: str) -> None:
-    kill_at(17, 1, tmp_path, "--checkpoint-steps=4")
+    kill_at(17, 1, tmp_path, 4)
     newest, *_ = Checkpoints(tmp_path / "checkpoints").files()
     damage(newest, kind)
     outcomes = run(2, tmp_path, *TINY)
@@ -230,7 +235,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, alone: Bi
 
 
 def test_without_a_good_checkpoint_nothing_starts_over_by_itself(tmp_path: Path) -> None:
-    kill_at(17, 1, tmp_path, "--checkpoint-steps=4")
+    kill_at(17, 1, tmp_path, 4)
     files = Checkpoints(tmp_path / "checkpoints").files()
     for path, kind in zip(files, ("empty", "malicious", "cut short"), strict=True):
         damage(path, kind)
