@@ -10,7 +10,7 @@ import pytest
 from tests.harness.cluster import FINAL_STATES, Cluster, Job
 from tests.harness.runs import PROJECT
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.thorough]
 
 
 def verify(cluster: Cluster, folder: Path, *flags: str) -> tuple[Job, str, dict[str, Any]]:
