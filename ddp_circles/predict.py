@@ -31,7 +31,7 @@ class CommandLine:
     """Predict for the points of a file: one a line, two columns separated by a comma, under a header with any
     names or none. Use with --out."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="OUT.csv", help_behavior_hint="")] = None
-    """Where the lines of --csv go, each with its logits, probabilities and label; always with a header. The file
+    """File for the lines of --csv, each with its logits, probabilities and label; always with a header. The file
     appears when it is complete."""
     show: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Predict for the first N test points of the run, beside the truth."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -68,20 +67,14 @@ def fit(
     with stop_requested.listening():
         ranks = read_ranks()
         pin_threads(config.threads)
-        try:
-            with (
-                Watch(ranks) as watch,
-                open_world(ranks, config.device, config.backend, config.timeout) as world,
-                ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
-                _telling_others(world, watch),
-            ):
-                watch.connect(world.store)
-                return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
-        except UserError:
-            raise
-        except Exception as error:
-            get_error_handler().record_exception(error)  # torchrun's agent prints it once, labelled with the rank
-            raise
+        with (
+            Watch(ranks) as watch,
+            open_world(ranks, config.device, config.backend, config.timeout) as world,
+            ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
+            _telling_others(world, watch),
+        ):
+            watch.connect(world.store)
+            return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
 
 
 def _fit_in_world(
@@ -197,7 +190,7 @@ def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTal
 
 def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, optimizer: Optimizer) -> Writer:
     """The outputs of the run, on rank 0."""
-    tracking_id = found.state.get("tracking_id") or new_run_id()
+    tracking_id = found.state.get("tracking_id") or new_run_id(first=world.number == 0)
     return Writer(
         run_dir=found.run_dir,
         metrics_file=MetricsFile(found.run_dir.metrics, keep_below_epoch=found.state.get("epoch", 0)),
@@ -264,7 +257,7 @@ def _telling_others(world: World, watch: Watch) -> Iterator[None]:
         watch.last_words("raised OutOfRangeError")
         raise SystemExit(1) from None
     except Exception as error:
-        if is_lost_peer(error):
+        if world.ranks.world_size > 1 and is_lost_peer(error):
             reason = first_sentence(error)
             watch.last_words(WAITED, lambda missing: watch.say(f"lost a peer: {missing} ({reason})"))
             raise SystemExit(1) from None

@@ -22,7 +22,7 @@ GRACE_SECONDS = 5.0
 """The time that processes and threads which a test has ended may take to be gone."""
 LONGEST = ("slurm", "torchrun")
 MOST_LANES = 5
-"""Each starts torch twice."""
+"""Most lanes: each starts torch twice."""
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background job: what is started here would too
     signal.signal(signal.SIGINT, signal.default_int_handler)

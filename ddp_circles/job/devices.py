@@ -23,7 +23,7 @@ def choose_device(device: str, backend: str, local_rank: int) -> tuple[torch.dev
     if on_cuda and not gpus:
         raise UserError("--device cuda was asked for and torch sees no CUDA device here: use --device cpu")
     if backend == "nccl" and not dist.is_nccl_available():
-        raise UserError("--backend nccl was asked for and this torch has none: use --backend gloo")
+        raise UserError("--backend nccl: this torch has no nccl; use --backend gloo")
     if backend == "nccl" and not on_cuda:
         raise UserError("--backend nccl needs --device cuda and a CUDA device: use --backend gloo")
     return torch.device("cuda", local_rank % gpus) if on_cuda else torch.device("cpu"), backend

@@ -58,7 +58,8 @@ class Rehearsal:
         """Let the fault happen if `step` is its step and it has not happened yet."""
         if step != self.fault.step or self.marker.exists():
             return
-        self.marker.touch()
+        with self.marker.open("x") as file:
+            os.fsync(file.fileno())
         if self.fault.kind == "raise":
             raise InjectedFaultError(f"--fault asked for this in step {step}")
         if self.fault.kind == "nan":

@@ -21,8 +21,8 @@ WITNESS_SECONDS = 3.0
 """Time that survivors wait for each other's word before they name who gave none; some heartbeats long."""
 STORE_SECONDS = 30.0
 """Time that a rank's last words to the store may take; several times what the waits in them add up to."""
-GUARDED_STORE_SECONDS = 8.0
-"""The same for a guarded process, which has promised to end soon; hardly more than those waits."""
+HURRIED_STORE_SECONDS = 10.0
+"""The same where the process must end soon; hardly more than those waits."""
 LINGER_SECONDS = 1.0
 """Time that the rank which serves the store stays when all have spoken, for them to read the verdict."""
 WAITED = "waited"
@@ -117,17 +117,19 @@ class Watch:
         """Say the last words and end the process at once; the first thread that comes here does it."""
         self._speaking.acquire()  # for good
         try:
-            self._speak(word, tell, GUARDED_STORE_SECONDS)
+            self._speak(word, tell, HURRIED_STORE_SECONDS)
+            if self._ranks.serves_store and self._others:
+                time.sleep(LINGER_SECONDS)
         finally:
-            sys.stdout.flush()
+            with contextlib.suppress(OSError, ValueError):  # the reader of standard output may have left
+                sys.stdout.flush()
             os._exit(1)
 
     def _speak(self, word: str, tell: Tell | None, seconds: float) -> None:
-        told = threading.Event()
+        told = threading.Lock()
 
         def tell_once(missing: str) -> None:
-            if tell is not None and not told.is_set():
-                told.set()
+            if tell is not None and told.acquire(blocking=False):
                 tell(missing)
 
         def give_up() -> None:
@@ -140,13 +142,15 @@ class Watch:
         hung = threading.Timer(seconds, give_up)
         hung.daemon = True
         hung.start()
+        missing = ""
         try:
             self._report_end(word)
             if tell is not None:
-                tell_once(self._name_missing())
+                missing = self._name_missing()
         finally:
             hung.cancel()
-        if self._ranks.serves_store:
+        tell_once(missing)
+        if self._ranks.serves_store and self._others:
             self._linger()
 
     def _report_end(self, word: str) -> None:
@@ -163,7 +167,6 @@ class Watch:
         """Give the others time to read the store, which goes down with this process."""
         with contextlib.suppress(RuntimeError):
             self._gather_words()
-        time.sleep(LINGER_SECONDS)
 
     def _name_missing(self) -> str:
         """Say which ranks are to blame, where each was seen last and how long ago; the first who asks finds it out.

@@ -16,7 +16,7 @@ from ddp_circles.records.checkpoint import State
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile, Row
 from ddp_circles.records.run_dir import RunDir
-from ddp_circles.records.wandb_follower import WandbFollower
+from ddp_circles.records.wandb_follower import FINISHED_SECONDS, UNFINISHED_SECONDS, WandbFollower
 from ddp_circles.terminal import warn
 
 
@@ -166,11 +166,11 @@ class Recorder:
         draw()
         writer.run_dir.set_status("finished")
         writer.console.close()
-        writer.follower.wait(60.0)
+        writer.follower.wait(FINISHED_SECONDS)
 
     def close(self) -> None:
         """Close the files and the copy at Weights & Biases, in bounded time; does nothing the second time."""
         if self.writer is not None:
             self.writer.metrics_file.close()
             self.writer.console.close()
-            self.writer.follower.wait(3.0)
+            self.writer.follower.wait(UNFINISHED_SECONDS)

@@ -19,7 +19,7 @@ from ddp_circles.terminal import warn
 
 @dataclass(frozen=True)
 class Found:
-    """State found at start-up: identical on all ranks."""
+    """State found at start-up: identical on all ranks, except `fingerprint`."""
 
     run_dir: RunDir
     """Locked by rank 0, the only one that may write there."""

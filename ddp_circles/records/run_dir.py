@@ -1,5 +1,6 @@
 """The run directory: one writer at a time, and files that are whole or absent. Only rank 0 writes here."""
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -47,8 +48,9 @@ class RunDir:
             sweep(self.path)
             sweep(self.checkpoints.folder)
         except Timeout:
-            # It may have taken the lock just now, and not written its name yet.
-            name = holder.read_text() if holder.exists() else "another process"
+            name = "another process"
+            with contextlib.suppress(OSError):  # it may have just taken the lock, and not written its name yet
+                name = holder.read_text()
             raise UserError(f"--run-dir {self.path} is in use by {name}: wait for it, or choose another") from None
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None

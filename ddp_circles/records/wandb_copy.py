@@ -20,9 +20,9 @@ from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode
 
 LOCK_SECONDS = 30.0
-"""How long to wait for an earlier copy to end; longer than `ORPHAN_SECONDS`."""
+"""Longest wait for an earlier copy to end; longer than `ORPHAN_SECONDS`."""
 ORPHAN_SECONDS = 5.0
-"""How long this program outlives the training that started it."""
+"""Time that this program outlives the training that started it."""
 DESCRIPTION = """Copy a run to Weights & Biases from the files in its run directory: every epoch once and, if the run is
 finished, its summary, pictures and model. Runs trained offline or with --wandb disabled can be uploaded this way later,
 under the project and run id they were given when they began."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from random import SystemRandom
 from string import ascii_lowercase, digits
@@ -21,6 +22,12 @@ from ddp_circles.records.files import write_atomically
 from ddp_circles.terminal import warn
 
 Mode = Literal["online", "offline", "disabled"]
+READY_SECONDS = 60.0
+"""Longest time from a start of the program until it has begun its copy."""
+FINISHED_SECONDS = 60.0
+"""Longest wait for the uploads of a finished run."""
+UNFINISHED_SECONDS = 3.0
+"""Longest wait at the end of a run that was stopped, or failed."""
 RUN_FILE = ".wandb.json"
 """The run's id, project and configuration, for `wandb_copy`, now or later."""
 
@@ -39,19 +46,25 @@ class WandbFollower:
         """The program while it is followed."""
         self._output: IO[bytes] | None = None
         self._said_where = False
+        self._ready_by = time.monotonic() + READY_SECONDS
 
     def start(self) -> None:
         """Note what a copy needs besides the metrics, and start the program unless the mode is `disabled`."""
         try:
             write_atomically(self._run_dir / RUN_FILE, json.dumps(self._run, indent=2, default=str).encode())
-            if self._mode != "disabled":
-                self._output = tempfile.TemporaryFile()  # noqa: SIM115
-                self._process = _start_program(self._run_dir, self._mode, self._output)
+        except OSError as error:
+            warn(f"{self._run_dir / RUN_FILE} cannot be written ({error}): no copy at Weights & Biases from here on")
+            return
+        if self._mode == "disabled":
+            return
+        try:
+            self._output = tempfile.TemporaryFile()  # noqa: SIM115
+            self._process = _start_program(self._run_dir, self._mode, self._output)
         except OSError as error:
             self._give_up(f"its program cannot be started: {error}")
 
     def look(self) -> None:
-        """Pass on where the copy is, once, and warn if the program has failed."""
+        """Pass on where the copy is, once, and warn if the program has failed or is not ready in time."""
         if self._process is None or self._output is None:
             return
         code = self._process.poll()
@@ -68,6 +81,8 @@ class WandbFollower:
         elif code is not None:
             ended = f"its program ended with {code}" if code > 0 else f"its program was killed by signal {-code}"
             self._give_up(lines[-1].removeprefix("error: ") if code > 0 and lines else ended)
+        elif not self._said_where and time.monotonic() > self._ready_by:
+            self._kill(self._process, f"not ready after {READY_SECONDS:.0f} s")
 
     def wait(self, seconds: float) -> None:
         """Wait for the program's end; kill it after `seconds`. Does nothing the second time."""
@@ -77,9 +92,12 @@ class WandbFollower:
             self._process.wait(seconds)
         self.look()
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # wandb's own service ends itself after that
-            self._process.wait()
-            self._give_up(f"no end after {seconds:.0f} s")
+            self._kill(self._process, f"no end after {seconds:.0f} s")
+
+    def _kill(self, process: "subprocess.Popen[bytes]", cause: str) -> None:
+        os.killpg(process.pid, signal.SIGKILL)  # wandb's own service ends itself after that
+        process.wait()
+        self._give_up(cause)
 
     def _give_up(self, cause: str) -> None:
         later = f"`python -m ddp_circles.records.wandb_copy {shlex.quote(str(self._run_dir))}` copies it later"
@@ -109,9 +127,10 @@ def _start_program(run_dir: Path, mode: Mode, output: IO[bytes]) -> "subprocess.
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def new_run_id() -> str:
-    """A short id that no other run has; in a sweep, the one that its agent has given."""
-    return os.environ.get("WANDB_RUN_ID") or "".join(SystemRandom().choices(ascii_lowercase + digits, k=8))
+def new_run_id(*, first: bool) -> str:
+    """A short id that no other run has; for the `first` run of a process in a sweep, the one its agent has given."""
+    given = os.environ.get("WANDB_RUN_ID") if first else None
+    return given or "".join(SystemRandom().choices(ascii_lowercase + digits, k=8))
 
 
 def choose_mode(mode: str) -> Mode:

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import wandb
 
 from ddp_circles.records.metrics_file import Row, parse_rows
+from ddp_circles.records.wandb_follower import FINISHED_SECONDS
 
 SETTINGS: dict[str, Any] = {
     "silent": True,
     "console": "off",
     "init_timeout": 15.0,
-    "finish_timeout": 60.0,
+    "finish_timeout": FINISHED_SECONDS,
     "allow_val_change": True,  # a continued run may have more epochs
     "symlink": False,
     "disable_code": True,

@@ -3,7 +3,7 @@
 import sys
 
 from ddp_circles import cli
-from ddp_circles.job.ranks import Ranks, parent_at_start
+from ddp_circles.job.ranks import Ranks, parent_at_start, set_thread_variables
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.verify.settings import Settings
 
@@ -17,6 +17,7 @@ def main() -> None:
 
 def _verify(ranks: Ranks) -> int:
     settings = cli.parse(Settings, sys.argv[1:], program="ddp_circles.verify", quiet=not ranks.is_main)
+    set_thread_variables(settings.threads)  # before torch is imported
     from ddp_circles.verify.session import verify  # noqa: PLC0415 - the seam: no torch before this line
 
     return verify(settings, ranks)

@@ -1,4 +1,4 @@
-"""The store as a meeting place beside the collectives: it works on when those that are being tested do not."""
+"""The store as a meeting place beside the collectives: it still works when the collectives under test do not."""
 
 import json
 import time
@@ -28,16 +28,16 @@ class Board:
     def agree(self, value: Any, decide: Callable[[list[Any]], Any]) -> Any:
         """Return, on every rank, what rank 0's `decide` makes of the values of all ranks, in their order.
 
-        Waits for as long as it takes: a guard sets the limit.
+        Waits for as long as it takes: the alarm sets the limit.
         """
         self._page += 1
         self._post(self._rank, value)
         if self._rank == 0:
             self._post("answer", decide([self._read(rank) for rank in range(self._world_size)]))
             if self._page > 1:  # every rank has read the previous answer before it posted its value
-                self._store.delete_key(self._key("answer", self._page - 1))
+                self._clear("answer", self._page - 1)
         answer = self._read("answer")
-        self._store.delete_key(self._key(self._rank))
+        self._clear(self._rank, self._page)
         return answer
 
     def part(self) -> None:
@@ -51,8 +51,14 @@ class Board:
     def _key(self, who: int | str, page: int | None = None) -> str:
         return f"board/{page or self._page}/{who}"
 
+    def _clear(self, who: int | str, page: int) -> None:
+        with waiting:  # as in all calls of the store, whose holder may be stuck
+            self._store.delete_key(self._key(who, page))
+
     def _post(self, who: int | str, value: Any) -> None:
-        self._store.set(self._key(who), json.dumps(self._encode(value)))
+        content = json.dumps(self._encode(value))
+        with waiting:
+            self._store.set(self._key(who), content)
 
     def _read(self, who: int | str) -> Any:
         key, nap, longest = self._key(who), 0.002, max(0.1, self._world_size / 2000)
@@ -60,7 +66,8 @@ class Board:
             while not self._store.check([key]):
                 time.sleep(nap)
                 nap = min(2 * nap, longest)
-        return self._decode(json.loads(self._store.get(key)))
+            content = self._store.get(key)
+        return self._decode(json.loads(content))
 
     def _encode(self, value: Any) -> Any:
         """Turn what has parts into a list of its type's name and the parts."""

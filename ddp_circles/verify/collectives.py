@@ -238,7 +238,7 @@ def _spell(case: Case, value: Tensor) -> str:
 def section(
     before: dict[str, Any] | None, todo: Sequence[Case], wrongs: Sequence[Wrong], world_size: int, round_number: int
 ) -> dict[str, Any]:
-    """The entry in verify.json for all rounds so far: `before`, and one more. Lists a thousand wrong results."""
+    """The entry in verify.json for all rounds: `before`, and one more. Lists at most a thousand wrong results."""
     rows = {row["operation"]: dict(row) for row in before["operations"]} if before else {}
     for number, case in enumerate(todo):
         row = rows.setdefault(

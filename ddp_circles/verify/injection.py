@@ -46,7 +46,7 @@ class Trouble:
         return 3 if self._kind == "slow" else 1
 
     def reach(self, phase: str, step: int) -> None:
-        """Die or stall, if this is the place for it."""
+        """Be killed or stall, if this is the place for it."""
         if self._kind in ("kill", "stall"):
             choices = self._choices("place")
             if (phase, step) == (choices.choice(PHASES), choices.randrange(STEPS)):

@@ -263,7 +263,7 @@ def section(
 ) -> dict[str, Any]:
     """The entry in verify.json for all rounds so far: `before`, and one more.
 
-    Told rank by rank are twenty rounds: the first, and those in which something was wrong.
+    Lists up to twenty rounds rank by rank: the first, and those in which something was wrong.
     """
     before = before or {"rounds": 0, "failed_rounds": 0, "kinds": [], "told": []}
     told = {

@@ -1,4 +1,4 @@
-"""One verification over all ranks: what each measures goes over the board, and rank 0 judges.
+"""One verification over all ranks: each rank posts its measurements on the board; rank 0 judges them.
 
 inventory; then, with a new seed each time until the time is over:
     collectives     every element of every result checked

@@ -26,9 +26,9 @@ class Settings:
     seed: int = 42
     """Seed of the first round: of patterns, weights, points and order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: cuda where there is one."""
+    """Device to compute on; auto: cuda if available."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Who moves the data; auto: nccl on cuda, else gloo."""
+    """Communication library; auto: nccl on cuda, else gloo."""
     threads: int = 1
     """CPU threads per rank."""
     timeout: float = 120.0
@@ -36,7 +36,7 @@ class Settings:
     inject: str | None = None
     """Rehearse a fault, as KIND@RANK: flip a bit of a gradient, slow, wrong element in a collective, kill, stall."""
     out: Path = Path("verify.json")
-    """Where rank 0 writes all figures."""
+    """File for all figures, written by rank 0."""
 
     def __post_init__(self) -> None:
         def require(holds: bool, flag: str, expected: str, value: object) -> None:

@@ -182,7 +182,7 @@ def _slow(rank: int, seconds: float, ratio: float, factor: float, others: int) -
 
 
 def majority(keys: Sequence[str]) -> str | None:
-    """The key that more than half of `keys` are."""
+    """The most common key, if more than half of `keys` equal it."""
     key, count = Counter(keys).most_common(1)[0]
     return key if 2 * count > len(keys) else None
 

@@ -74,7 +74,7 @@ def _read_all(terminal: int) -> str:
 
 
 def _screen(output: str) -> list[str]:
-    """What a terminal shows in the end, of the few control sequences that a one-line bar needs."""
+    """The text a terminal shows in the end, of the few control sequences that a one-line bar needs."""
     lines, at = [""], 0
     for part in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", output):
         if part == "\n":

@@ -26,6 +26,7 @@ def imported_by(*arguments: str, code: int = 0) -> set[str]:
         ("-m", "ddp_circles.train", "--help"),
         ("-m", "ddp_circles.predict", "--help"),
         ("-m", "ddp_circles.verify", "--help"),
+        ("-m", "ddp_circles.records.wandb_copy", "--help"),
         ("-c", "import ddp_circles"),
         ("-c", "import ddp_circles; ddp_circles.Config()"),
         ("-c", "import ddp_circles.config, ddp_circles.job.ranks, ddp_circles.job.stop"),

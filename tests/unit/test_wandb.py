@@ -75,7 +75,7 @@ def copy(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_run_ids_are_short_and_differ() -> None:
-    ids = {new_run_id() for _ in range(1000)}
+    ids = {new_run_id(first=True) for _ in range(1000)}
     assert len(ids) == 1000
     assert all(len(one) == 8 and one.isalnum() and one.islower() | one.isdigit() for one in ids)
 
@@ -203,7 +203,8 @@ def test_the_environment_says_what_it_says_to_any_program(folder: Path, monkeypa
     words |= {"RUN_ID": RUN_ID, "SWEEP_PARAM_PATH": str(folder / "parameters.yaml"), "MODE": "online"}
     for name, value in words.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    assert new_run_id() == RUN_ID
+    assert new_run_id(first=True) == RUN_ID
+    assert new_run_id(first=False) != RUN_ID
     run = Tracked(folder)
     run.log(0)
     run.finish()

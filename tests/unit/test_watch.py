@@ -13,7 +13,7 @@ from datetime import timedelta
 import pytest
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from ddp_circles.job import watch as health
+from ddp_circles.job import watch as watch_module
 from ddp_circles.job.ranks import Ranks, parent_at_start
 from ddp_circles.job.watch import NOBODY, WAITED, Watch, waiting
 from ddp_circles.verify import alarm
@@ -40,7 +40,7 @@ def watches(store: Store, size: int) -> list[Watch]:
 
 
 def test_who_gave_no_word_is_named_with_place_and_age(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "WITNESS_SECONDS", 0.2)
+    monkeypatch.setattr(watch_module, "WITNESS_SECONDS", 0.2)
     clock = [1000.0]
     monkeypatch.setattr(time, "time", lambda: clock[0])
     first, second, third = watches(store, 3)
@@ -56,7 +56,7 @@ def test_who_gave_no_word_is_named_with_place_and_age(store: Store, monkeypatch:
 
 
 def test_who_raised_is_to_blame_and_not_who_is_silent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "WITNESS_SECONDS", 0.2)
+    monkeypatch.setattr(watch_module, "WITNESS_SECONDS", 0.2)
     first, second, third, _silent = watches(store, 4)
     first._report_end(WAITED)
     third.mark("train", 1, 9)
@@ -69,7 +69,7 @@ def test_who_raised_is_to_blame_and_not_who_is_silent(store: Store, monkeypatch:
 def test_a_silent_rank_whose_heart_beats_is_not_taken_for_a_dead_one(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "WITNESS_SECONDS", 0.3)
+    monkeypatch.setattr(watch_module, "WITNESS_SECONDS", 0.3)
     first, _dead, alive = watches(store, 3)
     beating = threading.Timer(0.1, alive._exchange)
     first._report_end(WAITED)
@@ -79,18 +79,18 @@ def test_a_silent_rank_whose_heart_beats_is_not_taken_for_a_dead_one(
 
 
 def test_nothing_is_awaited_once_all_have_reported(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(watch_module, "LINGER_SECONDS", 0.1)
     first, second = watches(store, 2)
     begun = time.monotonic()
     second._report_end(WAITED)
     first._report_end(WAITED)
     first._linger()
     assert first._name_missing() == NOBODY
-    assert time.monotonic() - begun < health.WITNESS_SECONDS
+    assert time.monotonic() - begun < watch_module.WITNESS_SECONDS
 
 
 def test_a_store_that_is_gone_is_said_and_not_raised(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(watch_module, "LINGER_SECONDS", 0.1)
 
     class Gone:
         def __getattr__(self, _name: str) -> None:
@@ -168,7 +168,7 @@ class CountingStore:
 
 
 def test_naming_the_lost_among_many_costs_each_a_few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "WITNESS_SECONDS", 4.0)
+    monkeypatch.setattr(watch_module, "WITNESS_SECONDS", 4.0)
     store, size, lost = CountingStore(), 1024, 700
     everyone = watches(store, size)  # type: ignore[arg-type]
     names: set[str] = set()
@@ -193,7 +193,7 @@ def test_naming_the_lost_among_many_costs_each_a_few_requests(monkeypatch: pytes
 def hang_after_failure(grace: float) -> None:
     """Rank 0 reports a failure and leaves; the others hang."""
     rank = int(os.environ["RANK"])
-    health.BEAT_SECONDS, health.GRACE_SECONDS = 0.1, grace
+    watch_module.BEAT_SECONDS, watch_module.GRACE_SECONDS = 0.1, grace
     with Watch(Ranks(rank=rank, world_size=3, launcher="torchrun")) as watch:
         server = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
         watch.connect(PrefixStore("start 0", server))
@@ -234,7 +234,7 @@ class SilentStore(CountingStore):
 
 def speak_to_a_silent_store(word: str, *, ask: bool) -> None:
     """Say the last words to nobody."""
-    health.STORE_SECONDS = 0.3
+    watch_module.STORE_SECONDS = 0.3
     watch = Watch(Ranks(rank=1, world_size=2, store_is_the_agents=True))
     watch.connect(SilentStore())  # type: ignore[arg-type]
     watch.last_words(word, (lambda missing: watch.say(f"lost a peer: {missing}")) if ask else None)
@@ -254,7 +254,7 @@ def test_a_store_that_does_not_answer_ends_the_process_in_bounded_time() -> None
 
 def end_twice() -> None:
     """Let two threads end the process at once."""
-    health.LINGER_SECONDS = 0.5
+    watch_module.LINGER_SECONDS = 0.5
     watch = Watch(Ranks(rank=0, world_size=2, store_address=("127.0.0.1", free_port())))
     watch.connect(HashStore())
     for _ in range(2):

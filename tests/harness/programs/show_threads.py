@@ -1,10 +1,10 @@
-"""Pin two threads, then print how many torch uses, and what the math libraries are told."""
+"""Tell the math libraries to use two threads, then import torch and print how many it uses."""
 
 import os
 
-from ddp_circles.job.world import pin_threads
+from ddp_circles.job.ranks import set_thread_variables
 
-pin_threads(2)
+set_thread_variables(2)
 
 import torch  # noqa: E402 - as in a program that imports torch late
 
