@@ -30,6 +30,8 @@ HEARING_SECONDS = 5.0
 T = TypeVar("T")
 
 _world_numbers = itertools.count()
+_last_group: list[Any] = []
+"""The last process group that was closed, so that it outlives the models wrapped for it."""
 
 
 def pin_threads(threads: int) -> None:
@@ -170,6 +172,9 @@ def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> Itera
     try:
         yield World(ranks, own, backend, store, timeout, number)
     finally:
+        # DDP holds the group in C++. If it held the last reference, the group would end with Python's lock held and
+        # wait for a thread of gloo's that may be waiting for that very lock, to drop the tensors of the last sum.
+        _last_group[:] = [dist.group.WORLD]
         dist.destroy_process_group()
 
 
