@@ -326,7 +326,7 @@ def agent(
     return Agent(log, _launch_options(size, options), _flags(run_dir, flags), cwd, variables or {})
 
 
-LAUNCHERS = [agent, pytest.param(torchrun, marks=pytest.mark.thorough)]
+LAUNCHERS = [agent, pytest.param(torchrun, marks=pytest.mark.long)]
 """For tests of what holds under both; the second costs seconds for each rank."""
 
 

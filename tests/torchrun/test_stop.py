@@ -127,6 +127,16 @@ def test_fast_runs_stop_where_the_ranks_agree(tmp_path: Path) -> None:
     assert (status(tmp_path), checkpoint_steps(tmp_path)[0]) == ("stopped", 64)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_no_rank_is_left_after_many_stops(tmp_path: Path) -> None:
+    """A group that was freed while gloo's thread still held tensors of the last sum kept one rank in about thirty."""
+    for number in range(200):
+        flags = ("--run-dir", tmp_path / str(number), *QUIET, *LONG, "--reduction=fast", "--batch-size=1")
+        with Job(signal_in_training, 2, signal.SIGTERM, 40, *flags) as job:
+            assert [outcome.code for outcome in job.wait(60)] == [0, 0]
+
+
 # ---- whole processes
 
 
