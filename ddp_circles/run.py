@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ddp_circles import loop
 from ddp_circles.config import Config
-from ddp_circles.data import CACHED_FROM, Split, make_points
+from ddp_circles.data import CACHED_FROM, Dataset, Split, digest, make_points
 from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic, check_model
 from ddp_circles.fast import FastReducer
@@ -69,7 +69,7 @@ def fit(
         pin_threads(config.threads)
         with (
             Watch(ranks) as watch,
-            open_world(ranks, config.device, config.backend, config.timeout) as world,
+            open_world(ranks, config.device, config.backend, config.timeout, config.flags) as world,
             ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
             _telling_others(world, watch),
         ):
@@ -87,18 +87,20 @@ def _fit_in_world(
     loss: loop.LossFunction,
 ) -> Result:
     """Train in an open world; `at_end` is told what to close."""
+    bare = _make_model(config, model).to(world.device)
+    own_data = data.digest() if data is not None else ""
+    world.check_alike({"data": own_data, "initial parameters and buffers": digest(bare.state_dict().values())})
     fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
         at_end,
         run_dir=config.run_dir,
         resume=config.resume,
-        settings=config.lasting | {"data": data.digest() if data is not None else None},
+        settings=config.lasting | {"data": own_data or None},
         epochs=config.epochs,
         fault_rank=fault.rank if fault else None,
     )
     path = found.run_dir.path
-    bare = _make_model(config, model).to(world.device)
     if found.is_done:
         found.restore_model(bare)
         world.say(f"{path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
@@ -156,7 +158,10 @@ def _make_points(config: Config, world: World) -> Split:
     """The configuration's points on every rank."""
     make = partial(make_points, **config.points)
     # Rank 0 hands a small set round: the others need not import scikit-learn, which takes far longer than the points.
-    return world.together(make) if config.n_samples >= CACHED_FROM else world.on_rank_0(make)
+    if config.n_samples >= CACHED_FROM:
+        return world.together(make)
+    parts = world.on_rank_0(lambda: [part for share in make() for part in share])
+    return Split(Dataset(*parts[:2]), Dataset(*parts[2:]))
 
 
 def _make_model(config: Config, model: nn.Module | None) -> nn.Module:

@@ -332,7 +332,7 @@ LAUNCHERS = [agent, pytest.param(torchrun, marks=pytest.mark.long)]
 
 def _launch_options(size: int, options: Sequence[str]) -> list[str]:
     given = any("--rdzv-endpoint" in option for option in options)
-    meeting = [] if given else ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # else all want the same port
+    meeting = [] if given else ["--rdzv-backend=loopback", "--rdzv-endpoint=localhost"]
     return [f"--nproc_per_node={size}", *meeting, *options]
 
 

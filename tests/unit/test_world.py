@@ -210,7 +210,7 @@ def test_restarts_on_several_nodes_need_a_separate_store() -> None:
     assert ranks.restarts == 1
     with (
         pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        open_world(ranks, "cpu", "gloo", 1),
+        open_world(ranks, "cpu", "gloo", 1, {}),
     ):
         pass
 
@@ -251,7 +251,7 @@ def open_without_gpu(rank: int) -> str:
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
     setattr(world_module, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
-    with pytest.raises(UserError) as refused, open_world(ranks, "cuda", "gloo", 30):
+    with pytest.raises(UserError) as refused, open_world(ranks, "cuda", "gloo", 30, {}):
         pass
     return str(refused.value)
 
@@ -273,7 +273,7 @@ def refuse_on_one(rank: int) -> str:
             raise UserError("--n-samples: too many for this node")
         return ranks.rank
 
-    with open_world(ranks, "cpu", "gloo", 30) as world:
+    with open_world(ranks, "cpu", "gloo", 30, {}) as world:
         assert world.together(lambda: ranks.rank) == ranks.rank
         with pytest.raises(UserError) as refused:
             world.together(act)
@@ -291,7 +291,7 @@ def refuse_on_rank_0() -> str:
     def refuse() -> int:
         raise UserError("--run-dir x is in use")
 
-    with open_world(read_ranks(), "cpu", "gloo", 30) as world, pytest.raises(UserError) as refused:
+    with open_world(read_ranks(), "cpu", "gloo", 30, {}) as world, pytest.raises(UserError) as refused:
         world.on_rank_0(refuse)
     return str(refused.value)
 
@@ -304,7 +304,7 @@ def use_world() -> dict[str, Any]:
     """Open a world, use each of its collectives, and close it; returns their results."""
     seen: dict[str, Any] = {}
     ranks = read_ranks()
-    with open_world(ranks, "cpu", "gloo", 30) as world:
+    with open_world(ranks, "cpu", "gloo", 30, {}) as world:
         seen["open"] = (dist.is_initialized(), dist.get_rank(), dist.get_world_size(), dist.get_backend())
         seen["sum"] = world.sum(torch.tensor([2**53 + 1, ranks.rank])).tolist()
         seen["gather"] = world.gather({"rank": ranks.rank})
@@ -332,7 +332,7 @@ def test_a_world_opens_and_closes(size: int) -> None:
 
 def raise_in_world() -> bool:
     try:
-        with open_world(read_ranks(), "cpu", "gloo", 30):
+        with open_world(read_ranks(), "cpu", "gloo", 30, {}):
             raise LookupError
     except LookupError:
         return not dist.is_initialized()
@@ -343,7 +343,7 @@ def test_a_world_closes_after_an_error() -> None:
 
 
 def open_world_of_one() -> tuple[int, list[int], bool]:
-    with open_world(Ranks(), "cpu", "gloo", 30) as world:
+    with open_world(Ranks(), "cpu", "gloo", 30, {}) as world:
         size, total = dist.get_world_size(), torch.tensor([7])
         dist.all_reduce(total)
         world.gather(None)
@@ -355,7 +355,7 @@ def test_one_process_is_a_world_too() -> None:
 
 
 def gloo_interface() -> str:
-    with open_world(read_ranks(), "cpu", "gloo", 30):
+    with open_world(read_ranks(), "cpu", "gloo", 30, {}):
         return os.environ["GLOO_SOCKET_IFNAME"]
 
 
@@ -366,7 +366,7 @@ def test_gloo_uses_loopback_on_one_node_by_default() -> None:
 
 def wait_for_missing_rank() -> tuple[float, str]:
     started = time.monotonic()
-    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), "cpu", "gloo", 2):
+    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), "cpu", "gloo", 2, {}):
         pass
     assert is_lost_peer(refused.value)
     return time.monotonic() - started, str(refused.value)
@@ -384,7 +384,7 @@ def test_the_wait_for_a_missing_rank_is_bounded() -> None:
 
 def lose_peer() -> bool:
     ranks = read_ranks()
-    with open_world(ranks, "cpu", "gloo", 30) as world:
+    with open_world(ranks, "cpu", "gloo", 30, {}) as world:
         world.gather(None)
         if ranks.rank == 1:
             os._exit(0)
