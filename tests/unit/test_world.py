@@ -80,6 +80,17 @@ def test_the_default_is_the_environment_of_the_process(monkeypatch: pytest.Monke
     assert read_ranks() == read_ranks(TORCHRUN)
 
 
+def test_a_launch_of_torchrun_keeps_its_name_over_restarts_and_no_other_has_it() -> None:
+    def name(launch: str, restarts: int, rank: int) -> str | None:
+        file = f"/tmp/torchelastic_{launch}/night_{launch}/attempt_{restarts}/{rank}/error.json"
+        return read_ranks(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": file}).launch
+
+    assert name("x", 0, 0) == name("x", 0, 1) == name("x", 3, 2)
+    assert name("x", 0, 0) != name("y", 0, 0)
+    assert read_ranks(TORCHRUN | {"DDP_CIRCLES_START": "mine"}).launch == "mine"
+    assert read_ranks(TORCHRUN).launch is None
+
+
 def test_torchrun_inside_a_slurm_step_wins() -> None:
     ranks = read_ranks(SRUN | TORCHRUN)
     assert (ranks.rank, ranks.world_size, ranks.launcher, ranks.job_id) == (5, 8, "torchrun", "night")
@@ -143,9 +154,10 @@ def test_a_step_on_one_node_meets_on_loopback() -> None:
         "SLURM_NODEID": "0",
         "SLURM_LOCALID": "3",
     }
-    ranks = read_ranks(without(SRUN, "MASTER_ADDR") | one_node)
-    assert ranks.store_address is not None
-    assert ranks.store_address[0] == "127.0.0.1"
+    for environment in (SRUN, without(SRUN, "MASTER_ADDR")):
+        ranks = read_ranks(environment | one_node)
+        assert ranks.store_address is not None
+        assert ranks.store_address[0] == "127.0.0.1"
 
 
 def test_a_step_of_one_task_is_a_world_of_one() -> None:
