@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ddp_circles.terminal import spell_numbers
+
 Severity = Literal["missing", "wrong", "warning"]
 ORDER: tuple[Severity, ...] = ("missing", "wrong", "warning")
 """Worst first."""
@@ -48,11 +50,5 @@ def failed(findings: Iterable[Finding]) -> bool:
 
 def spell_ranks(ranks: Iterable[int]) -> str:
     """`rank 3`, or `ranks 0-3, 7`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    spelled = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'' if len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {spelled}"
+    spelled = spell_numbers(ranks)
+    return f"rank{'' if spelled.isdigit() else 's'} {spelled}"

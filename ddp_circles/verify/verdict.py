@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from ddp_circles.terminal import visible
 from ddp_circles.verify.collectives import ADDENDS, MOVING, Case, Wrong
 from ddp_circles.verify.findings import Finding, spell_ranks
 from ddp_circles.verify.inventory import Inventory, ranks_by
@@ -43,7 +44,7 @@ def judge_inventory(everyone: Sequence[Inventory]) -> list[Finding]:
     for name in (name for name in everyone[0] if name not in ("host", "device", "uuid", "kind")):
         values = ranks_by([one[name] for one in everyone])
         if len(values) > 1:
-            listed = "; ".join(f"{value or 'none'} on {spell_ranks(ranks)}" for value, ranks in values.items())
+            listed = "; ".join(f"{visible(value) or 'none'} on {spell_ranks(ranks)}" for value, ranks in values.items())
             smallest = min(len(ranks) for ranks in values.values())
             odd = tuple(sorted(rank for ranks in values.values() if len(ranks) == smallest for rank in ranks))
             odd = odd if 2 * len(odd) < len(everyone) else ()

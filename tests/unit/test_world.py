@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from ddp_circles.errors import UserError
 from ddp_circles.job import world as world_module
+from ddp_circles.job.fingerprint import fingerprint
 from ddp_circles.job.ranks import Ranks, read_ranks
-from ddp_circles.job.world import fingerprint, is_lost_peer, open_world, pin_threads
+from ddp_circles.job.world import is_lost_peer, open_world, pin_threads
 from tests.harness.ranks import Job, free_port, run_ranks
 
 CPU = torch.device("cpu")
