@@ -24,7 +24,15 @@ class Seal(TypedDict):
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics file, each epoch once, without a torn last line; empty where there is no file."""
-    whole_lines, _, _ = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+    return _rows_in(_content(path))
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _rows_in(content: bytes) -> list[Row]:
+    whole_lines, _, _ = content.rpartition(b"\n")
     return list({row["epoch"]: row for row in parse_rows(whole_lines)}.values())
 
 
@@ -64,8 +72,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, keep_below_epoch: int, *, seal: Seal | None = None, last: Row | None = None) -> None:
         self.path = path
-        content = path.read_bytes() if path.is_file() else b""
-        rows = [row for row in read_rows(path) if row["epoch"] < keep_below_epoch]
+        content = _content(path)
+        rows = [row for row in _rows_in(content) if row["epoch"] < keep_below_epoch]
         if seal is None:
             kept = b"".join(map(_as_line, rows))
         elif _is_whole(content, seal, keep_below_epoch):
@@ -129,7 +137,7 @@ class MetricsFile:
         }
         lost = [epoch for epoch in range(epochs) if epoch not in good]
         what = (
-            f"it lacks epoch {spell_numbers(lost)}, and other lines may be changed"
+            f"it lacks epochs ({spell_numbers(lost)}), and other lines may be changed"
             if lost
             else "a line was changed or repeated"
         )
