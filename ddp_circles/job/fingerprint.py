@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+CPU_INFO = Path("/proc/cpuinfo")
 COMPUTATION = "computation"
 """The entry with the digest of a small computation: an effect of the others, unless the device is broken."""
 
@@ -35,7 +36,7 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
 def cpu_name() -> str:
     """The CPU's vendor, family, model and name, as far as the system tells; else its architecture."""
     try:
-        with Path("/proc/cpuinfo").open() as file:
+        with CPU_INFO.open() as file:
             first = file.read(4096)  # of one CPU: all of them would take long where there are hundreds
     except OSError:
         first = ""
