@@ -94,7 +94,7 @@ class Report:
             console.print(what, style=style, markup=False)
             for rank in finding.ranks[:ROWS]:
                 console.print(f"   {visible(self._place(rank))}", markup=False)
-            console.print(f"   next: {finding.advice}", markup=False)
+            console.print(f"   next: {visible_lines(finding.advice)}", markup=False)
 
     def _place(self, rank: int) -> str:
         inventory: list[Inventory] = self.sections.get("inventory", [])
