@@ -34,15 +34,18 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The CPU's vendor, family, model and name, as far as the system tells; else its architecture."""
+    """The CPU's name, vendor, family and model, as far as the system tells; else its architecture."""
     try:
         with CPU_INFO.open() as file:
             first = file.read(4096)  # of one CPU: all of them would take long where there are hundreds
     except OSError:
         first = ""
-    names = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
-    found = [re.search(rf"^{name}\t*: (.+)$", first, re.MULTILINE) for name in names]
-    return " ".join(match[1] for match in found if match) or platform.machine()
+    found = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", first, re.MULTILINE))
+    name = found.get("model name", platform.machine())
+    numbers = [
+        found[one] for one in ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part") if one in found
+    ]
+    return f"{name} ({' '.join(numbers)})" if numbers else name  # a virtual machine may tell no more than AMD EPYC
 
 
 @torch.no_grad()
