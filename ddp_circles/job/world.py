@@ -225,15 +225,3 @@ def is_lost_peer(error: BaseException) -> bool:
 def first_sentence(error: BaseException) -> str:
     """The first sentence of a backend's long message, without the place in its source."""
     return re.sub(r"\[\S+:\d+\] ", "", " ".join(str(error).split())).split(". ")[0][:200]
-
-
-def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
-    """Everything besides the configuration that a result's bits depend on; equal on ranks that compute alike."""
-    on_cuda = device.type == "cuda"
-    return {
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
-        "instruction_set": "" if on_cuda else torch.backends.cpu.get_cpu_capability(),
-        "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
-        "threads": str(threads),
-    }
