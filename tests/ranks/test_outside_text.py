@@ -83,7 +83,7 @@ def test_names_of_files_and_of_the_run(tmp_path: Path) -> None:
 def test_a_verdict_in_the_store(tmp_path: Path) -> None:
     with start(2, tmp_path, *TINY, "--epochs=1000000") as job:
         job.wait_until(lambda: "start: " in job.output(0))
-        job._store.set("start 0 world 0/verdict", EVIL)
+        job._store.set("torchrun's job test of 2 ranks, start 0, world 0/verdict", EVIL)
         job.signal(signal.SIGKILL, 1)
         outcomes = job.wait(60)
     assert outcomes[0].code == 1
