@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_circles.plain import from_bytes, to_bytes
-from ddp_circles.records.files import write_atomically
+from ddp_circles.records.files import matching, write_atomically
 from ddp_circles.terminal import visible
 
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -44,7 +44,7 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The checkpoint files, newest first."""
-        return sorted(self.folder.glob("step-*.checkpoint"), reverse=True)
+        return sorted(matching(self.folder, "step-*.checkpoint"), reverse=True)
 
     def save(self, state: State, step: int) -> Path:
         """Write `state` after `step` global steps and drop the oldest files; an `OSError` leaves the others intact."""
@@ -53,8 +53,8 @@ class Checkpoints:
         self._check()
         write_atomically(path, content)
         self._check()
-        for old in self.files()[KEEP:]:
-            with contextlib.suppress(OSError):  # it harms nothing, and the next save tries again
+        with contextlib.suppress(OSError):  # an old one harms nothing, and the next save tries again
+            for old in self.files()[KEEP:]:
                 old.unlink()
         return path
 

@@ -4,6 +4,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,7 +51,12 @@ def read_short(path: Path) -> str:
         os.close(descriptor)
 
 
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """The files in `folder` whose names match; unlike `Path.glob`, raises `OSError` if it cannot be listed."""
+    return [path for path in folder.iterdir() if fnmatch(path.name, pattern)]
+
+
 def sweep(folder: Path) -> None:
     """Remove the temporary files that killed writes left in `folder`."""
-    for leftover in folder.glob(f".*{SUFFIX}"):
+    for leftover in matching(folder, f".*{SUFFIX}"):
         leftover.unlink(missing_ok=True)

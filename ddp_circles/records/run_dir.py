@@ -100,7 +100,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Delete what an earlier run left, so that a new one starts from nothing."""
-        self.check()
+        self.set_status("running")  # first, lest a finished run's word stays where its results are gone
         for checkpoint in sorted(self.checkpoints.folder.iterdir(), reverse=True):
             checkpoint.unlink()
         for stale in (self.metrics, self.model, self.path / "summary.json", self.path / "fault"):

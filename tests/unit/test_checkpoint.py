@@ -265,8 +265,10 @@ def test_clearing_removes_an_earlier_run(tmp_path: Path) -> None:
         run_dir.checkpoints.save(STATE, 1)
         for name in ("metrics.jsonl", "model.safetensors", "summary.json", "fault"):
             (tmp_path / name).write_text("old")
+        run_dir.set_status("finished")
         run_dir.clear()
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.holder", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.holder", "checkpoints", "status"}
+    assert run_dir.status == "running"  # it finished nothing that is still there
     assert list(run_dir.checkpoints.folder.iterdir()) == []
 
 
