@@ -32,9 +32,10 @@ for _name in list(os.environ):  # before the fork server starts: its ranks see t
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--forbid-skips`, under which a test that could not run has failed, and `--all`."""
+    """Add `--forbid-skips`, under which a test that could not run has failed, `--all` and `--seed`."""
     parser.addoption("--forbid-skips", action="store_true", help="a skipped test is a failed one, but for tests/gpu")
     parser.addoption("--all", action="store_true", help="run the thorough tests too")
+    parser.addoption("--seed", type=int, help="repeat the long rehearsal of disturbances that printed this seed")
 
 
 @pytest.hookimpl(wrapper=True)
