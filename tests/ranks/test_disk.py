@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -27,6 +27,7 @@ from tests.harness.disk import (
     Handler,
     Kill,
     Operation,
+    Perform,
     Record,
     count_moments,
     lay_out,
@@ -218,6 +219,39 @@ def test_all_disturbances(scene: Scene, disturb: Disturbance, tmp_path: Path, py
     seed = pytestconfig.getoption("seed") or random.SystemRandom().randrange(1, 2**32)
     print(f"seed {seed}")
     assert rehearse(disturb, scene, count(1), seed, tmp_path) == how_many(disturb, scene, seed)
+
+
+# ---- faults that these rehearsals have found
+
+
+class Unreadable:
+    """Lets nobody list the checkpoints."""
+
+    def __call__(self, operation: Operation, perform: Perform) -> Any:
+        if operation.call in ("listdir", "scandir") and operation.path == "checkpoints":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), operation.path)
+        return perform()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("scene", ["resumed"], indirect=True)
+@pytest.mark.xfail(reason="Path.glob finds nothing in a folder that it may not list")
+def test_checkpoints_that_may_not_be_listed_are_no_reason_to_start_over(scene: Scene, tmp_path: Path) -> None:
+    scene.begin(run_dir := tmp_path / "run")
+    (outcome,) = watched(Unreadable(), 1, run_dir)
+    assert outcome.code != 0
+    assert read(run_dir)["metrics.jsonl"] == scene.before["metrics.jsonl"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("scene", ["over"], indirect=True)
+@pytest.mark.xfail(reason="`--resume never` leaves the old status until the new run begins to train")
+def test_a_run_that_starts_over_is_not_finished(scene: Scene, tmp_path: Path) -> None:
+    scene.begin(run_dir := tmp_path / "run")
+    gone = next(place for place, operation in enumerate(scene.journal) if operation.path == "model.safetensors")
+    assert kill(count_moments(scene.journal[: gone + 1]) + 1, 1, run_dir, *scene.flags)
+    assert not (run_dir / "model.safetensors").exists()
+    assert status(run_dir) != "finished"
 
 
 # ---- proofs that each kind notices a package that is broken
