@@ -1,6 +1,7 @@
 """Killed at any file operation, after any power cut, with any disk error: the resumed run has the undisturbed bits."""
 
 import errno
+import io
 import os
 import random
 import re
@@ -82,7 +83,7 @@ def make_scene(folder: Path, name: str, defect: Defect | None = None) -> Scene:
     journal, disk = read_journal(folder / "journal"), Disk(before)
     for operation in journal:
         disk.apply(operation)
-    assert disk.left() == read(run_dir)  # else the package makes a call that the journal does not see
+    assert disk.left() == read(run_dir), "a file was changed by a call that is not in the journal"
     return Scene(name, before, flags, journal, expected)
 
 
@@ -281,6 +282,16 @@ def write_in_place() -> None:
     files.replacing = replacing_in_place
 
 
+@contextmanager
+def replacing_unseen(path: Path) -> Iterator[io.FileIO]:
+    with io.FileIO(path, "w") as file:
+        yield file
+
+
+def write_past_the_journal() -> None:
+    setattr(files, "replacing", replacing_unseen)  # noqa: B010 - a plain assignment has another type
+
+
 def lose_lines() -> None:
     write = MetricsFile._write
 
@@ -291,6 +302,12 @@ def lose_lines() -> None:
             del file._tail[file._written :]
 
     setattr(MetricsFile, "_write", careless_write)  # noqa: B010 - a plain assignment has another type
+
+
+@pytest.mark.thorough
+def test_a_call_that_the_journal_does_not_see_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a call that is not in the journal"):
+        make_scene(tmp_path, "new", write_past_the_journal)
 
 
 @pytest.mark.thorough
