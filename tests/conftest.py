@@ -35,9 +35,10 @@ os.environ |= LOOPBACK
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--forbid-skips`, under which a test that could not run has failed, and `--all`."""
+    """Add `--forbid-skips`, under which a test that could not run has failed, `--all` and `--seed`."""
     parser.addoption("--forbid-skips", action="store_true", help="a skipped test is a failed one, but for tests/gpu")
     parser.addoption("--all", action="store_true", help="run the thorough tests too")
+    parser.addoption("--seed", type=int, help="repeat the long rehearsal of disturbances that printed this seed")
 
 
 @pytest.hookimpl(wrapper=True)
