@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ddp_circles.records.files import write_atomically
@@ -11,6 +12,12 @@ from ddp_circles.terminal import warn
 
 Row = dict[str, float | int]
 """One epoch's line; its keys are those of metrics.jsonl."""
+
+
+def figure_names(row: Mapping[str, float]) -> list[str]:
+    """The figures that a row has of training and test: loss, accuracy where it means something, then the metrics."""
+    names = [key.removeprefix("test/") for key in row if key.startswith("test/")]
+    return sorted(names, key=lambda name: (name != "loss", name != "accuracy"))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -17,7 +17,8 @@ from torch.futures import Future
 from ddp_circles import exact
 from ddp_circles.data import make_points
 from ddp_circles.errors import UserError
-from ddp_circles.exact import ExactReducer, check_model
+from ddp_circles.contract import check_model
+from ddp_circles.exact import ExactReducer
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
 from ddp_circles.metrics import LocalTally
 from ddp_circles.models import Classifier, loss_sum
