@@ -1,7 +1,7 @@
 """The contract between `fit` and the model, data, loss and metrics of its caller, checked once, before the first step.
 
-A few samples are tried, and all targets and inputs are looked at. Every rank does it by itself: given the same, all come
-to the same verdict. The model, and every bit that follows, stay as they would have been.
+A few samples are tried, and all inputs and targets are looked at. Every rank does it by itself: given the same, all
+ranks come to the same verdict. The model, and every bit that follows, stay as they would have been.
 """
 
 import random
@@ -204,9 +204,9 @@ def check_training(
                     fewer_logits = _run(model, inputs[:size], f"data.{part}.inputs")
                     for what, function in sums.items():
                         _call(what, function, fewer_logits, targets[:size])
+            if exact and (moved := before.moved()):
+                raise UserError(f"--reduction exact cannot use a loss= or metrics= {_drawing(moved)}")
             accuracy = accuracy and _has_accuracy(logits, samples.targets)
-        if exact and (moved := before.moved()):
-            raise UserError(f"--reduction exact cannot use a loss= or metrics= {_drawing(moved)}")
     finally:
         before.restore()
     return accuracy
@@ -218,7 +218,9 @@ def _run(model: nn.Module, inputs: Tensor, name: str) -> Tensor:
     convert = ".float()" if own == torch.float32 else f".to({own})"
     hint = f"; the model's parameters are {own}: convert the inputs with {convert} if they should be too"
     with _explained(f"model= failed on {name} of {_form(inputs)}", hint if own != inputs.dtype else ""):
-        logits = model(inputs)
+        logits = model(given := inputs.clone())
+    if not _same(given, inputs):
+        raise UserError("model= changes its inputs in place, which are needed again: let it work on a copy")
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise UserError(f"model= must return one tensor of floating-point logits, got {_kind(logits)}")
     if logits.ndim == 0 or len(logits) != len(inputs):
@@ -252,7 +254,7 @@ def _check_targets(name: str, targets: Tensor, logits: Tensor) -> None:
         last = logits.shape[1] - 1
         _check_values(name, targets, _outside(last), f"a class number from 0 to {last}, as the {last + 1} logits need")
     if probabilities:
-        unsure = _first(targets.sum(dim=1), lambda chunk: (chunk - 1).abs() > 0.01)
+        unsure = _first(targets.sum(dim=1, dtype=torch.float32), lambda chunk: (chunk - 1).abs() > 0.01)
         if unsure is not None:
             raise UserError(
                 f"{name}: the probabilities of sample {unsure[0]} add up to {unsure[1]:g}, not 1: for classes that do "
@@ -277,7 +279,9 @@ def _has_accuracy(logits: Tensor, targets: Tensor) -> bool:
 def _call(what: str, function: Metric, logits: Tensor, targets: Tensor) -> Tensor:
     """The function's sum, a finite scalar; of no samples it must be 0."""
     with _explained(f"{what} failed on logits of {_form(logits)}, and targets of {_form(targets)}"):
-        value = function(logits, targets)
+        value = function(*(given := (logits.clone(), targets.clone())))
+    if not (_same(given[0], logits) and _same(given[1], targets)):
+        raise UserError(f"{what} changes logits or targets in place, which are needed again: let it work on copies")
     if not isinstance(value, Tensor) or value.ndim:
         raise UserError(f"{what} must return the SUM over the samples, a scalar tensor, got {_kind(value)}")
     if not value.isfinite() or (len(logits) == 0 and value != 0):
@@ -392,7 +396,7 @@ class _Snapshot:
         self._generators: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
             "torch's generator": (torch.get_rng_state, torch.set_rng_state),
             "Python's random": (random.getstate, random.setstate),
-            "numpy.random": (np.random.get_state, np.random.set_state),  # noqa: NPY002 - the one that moves unseen
+            "numpy.random": (np.random.get_state, np.random.set_state),
         }
         if next(model.parameters()).is_cuda:
             self._generators["torch's generator on cuda"] = (torch.cuda.get_rng_state, torch.cuda.set_rng_state)
@@ -414,8 +418,10 @@ class _Snapshot:
             put(self._states[name])
         for name, (buffer, value) in self._buffers.items():
             module, _, own_name = name.rpartition(".")
-            with torch.no_grad():
-                setattr(self._model.get_submodule(module), own_name, buffer.copy_(value))
+            setattr(self._model.get_submodule(module), own_name, buffer)
+            if not _same(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -126,7 +126,7 @@ def train_epoch(training: Training, progress: Progress) -> None:
 
 @torch.inference_mode()
 def evaluate(training: Training, progress: Progress, sharding: Sharding, shares: dict[int, Dataset]) -> Tally:
-    """Sum loss, accuracy and metrics over the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
+    """Sum the figures over the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
     model, tally, total = training.model, training.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
     reader = SumsReader(delay=0, seconds=training.world.patience, waiting=waiting)
@@ -216,8 +216,8 @@ def _add(local: LocalTally, total: Tally, sums: Sums, where: str) -> None:
     if sums.out_of_range:
         beyond = ", or beyond the range of the exact sums" if local.exact else ""
         raise OutOfRangeError(
-            f"{where}, gradients, losses or metrics were not finite{beyond}: the training diverged (try a smaller --lr), "
-            "or inputs or targets are too large (scale them)"
+            f"{where}, gradients, losses or metrics were not finite{beyond}: the training diverged (try a smaller "
+            "--lr), or inputs or targets are too large (scale them)"
         )
     for name, units in zip(local.names, sums.units, strict=True):
         total.units[name] = total.units.get(name, 0) + units

@@ -62,10 +62,10 @@ def fit(
 
     `model`: a float32 module from inputs [n, ...] to logits [n, ...]; default: the configuration's classifier. `data`:
     samples to train on and to test on; default: the configuration's points. `loss`: the SUM over samples of the loss of
-    logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for [n, classes]. `metrics`: other
-    such sums by name; their means per sample are reported. All of it is tried before the first step. Raises `UserError`
-    for what the user can put right, and `SystemExit` after a stop request, with the exit code of the contract, and when
-    another rank is lost.
+    logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for [n, classes]. `metrics`:
+    other such sums by name, whose means per sample are reported. All of it is tried before the first step. Raises
+    `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit code of the
+    contract, and when another rank is lost.
     """
     with stop_requested.listening():
         ranks = read_ranks()
