@@ -103,6 +103,11 @@ class Config:
         )  # fmt: skip
         return self.points | {name: getattr(self, name) for name in names}
 
+    @property
+    def flags(self) -> dict[str, object]:
+        """All settings, by flag."""
+        return {f"--{field.name.replace('_', '-')}": getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def to_toml(self) -> str:
         """The settings as TOML, without those that belong to one start of a run and not to the run."""
         values = dataclasses.asdict(self)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +45,22 @@ class Split(NamedTuple):
     train: Dataset
     test: Dataset
 
+    def to(self, device: torch.device) -> "Split":
+        """Copy to `device`; samples already there are shared."""
+        return Split(self.train.to(device), self.test.to(device))
+
     def digest(self) -> str:
         """Compute the SHA-256 of all samples, in hexadecimal; the same on any device."""
-        found = hashlib.sha256()
-        for part in (*self.train, *self.test):
-            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            found.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return found.hexdigest()
+        return digest((*self.train, *self.test))
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Compute the SHA-256 of `tensors`, in hexadecimal; the same on any device."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def make_points(dataset: str, *, n_samples: int, **options: Any) -> Split:

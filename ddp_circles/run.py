@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ddp_circles import loop
 from ddp_circles.config import Config
 from ddp_circles.contract import check_data, check_metrics, check_model, check_training
-from ddp_circles.data import CACHED_FROM, Split, make_points
+from ddp_circles.data import CACHED_FROM, Dataset, Split, digest, make_points
 from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic
 from ddp_circles.fast import FastReducer
@@ -72,7 +72,7 @@ def fit(
         pin_threads(config.threads)
         with (
             Watch(ranks) as watch,
-            open_world(ranks, config.device, config.backend, config.timeout) as world,
+            open_world(ranks, config.device, config.backend, config.timeout, config.flags) as world,
             ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
             _telling_others(world, watch),
         ):
@@ -92,31 +92,35 @@ def _fit_in_world(
 ) -> Result:
     """Train in an open world; `at_end` is told what to close."""
     own = any(part is not None for part in (model, data, loss, metrics))
-    data, metrics = check_data(data) if data is not None else None, check_metrics(metrics)
+    split, metrics = check_data(data) if data is not None else None, check_metrics(metrics)
+    bare = _make_model(config, model).to(world.device)
+    own_data, names = split.digest() if split is not None else "", " ".join(metrics)
+    initial = digest(bare.state_dict().values())
+    world.check_alike({"data": own_data, "metrics": names, "initial parameters and buffers": initial})
+    exact, accuracy = config.reduction == "exact", True
+    if own:  # before anything is written
+        split = (split or _make_points(config, world)).to(world.device)
+        micro_batches = config.micro_batches if exact else world.ranks.world_size
+        accuracy = check_training(
+            bare, split, loss, metrics, exact=exact, micro_batches=micro_batches, batch_size=config.batch_size
+        )
     fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
         at_end,
         run_dir=config.run_dir,
         resume=config.resume,
-        settings=config.lasting | {"data": data.digest() if data is not None else None, "metrics": list(metrics)},
+        settings=config.lasting | {"data": own_data or None, "metrics": tuple(metrics)},
         epochs=config.epochs,
         fault_rank=fault.rank if fault else None,
     )
     path = found.run_dir.path
-    bare = _make_model(config, model).to(world.device)
     if found.is_done:
         found.restore_model(bare)
         world.say(f"{path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
         return Result(bare, found.state["metrics"], path, world.ranks.is_main)
-    split = data or _make_points(config, world)
-    split = Split(split.train.to(world.device), split.test.to(world.device))
+    split = split or _make_points(config, world).to(world.device)
 
-    exact = config.reduction == "exact"
-    micro_batches = config.micro_batches if exact else world.ranks.world_size
-    accuracy = not own or check_training(
-        bare, split, loss, metrics, exact=exact, micro_batches=micro_batches, batch_size=config.batch_size
-    )
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
     optimizer = kind(bare.parameters(), lr=config.lr, fused=True)
     tally = LocalTally(world.device, metrics=metrics, accuracy=accuracy, exact=exact)
@@ -169,7 +173,10 @@ def _make_points(config: Config, world: World) -> Split:
     """The configuration's points on every rank."""
     make = partial(make_points, **config.points)
     # Rank 0 hands a small set round: the others need not import scikit-learn, which takes far longer than the points.
-    return world.together(make) if config.n_samples >= CACHED_FROM else world.on_rank_0(make)
+    if config.n_samples >= CACHED_FROM:
+        return world.together(make)
+    parts = world.on_rank_0(lambda: [part for share in make() for part in share])
+    return Split(Dataset(*parts[:2]), Dataset(*parts[2:]))
 
 
 def _make_model(config: Config, model: nn.Module | None) -> nn.Module:

@@ -65,6 +65,8 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export DDP_CIRCLES_START="$HOSTNAME-$$-$EPOCHSECONDS"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's default, without its warning; --threads overrides it
 
+rendezvous=c10d
+[[ $nodes != 1 ]] || rendezvous=loopback # no other machine can connect
 exec torchrun --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="$max_restarts" \
-    --rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-id="$id" \
+    --rdzv-backend="$rendezvous" --rdzv-endpoint="$head" --rdzv-id="$id" \
     -m ddp_circles.train "$@"

@@ -15,7 +15,9 @@ from xdist.scheduler import LoadScopeScheduling, Scheduling
 
 from tests.harness.ranks import LAUNCHER_VARIABLES
 
-STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "GLOO_", "OMP_NUM_", "MKL_NUM_", "TORCH_DISABLE_")
+STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "GLOO_", "NCCL_", "OMP_NUM_", "MKL_NUM_", "TORCH_DISABLE_", "PET_")
+LOOPBACK = {"PET_RDZV_BACKEND": "loopback", "PET_RDZV_ENDPOINT": "localhost"}
+"""torchrun's own variables for its options: every torchrun of a single node stays on the loopback."""
 SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR"}
 """pytest's own, and those that scikit-learn and torch set when they are imported."""
 GRACE_SECONDS = 5.0
@@ -29,6 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's backgroun
 for _name in list(os.environ):  # before the fork server starts: its ranks see the environment of that moment
     if _name.startswith(STRAY_VARIABLES):
         del os.environ[_name]
+os.environ |= LOOPBACK
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ddp_circles.errors import UserError
+from ddp_circles.job.ranks import spell_ranks
 
 
 def choose_device(device: str, backend: str, local_rank: int) -> tuple[torch.device, str]:
@@ -35,7 +37,7 @@ def device_uuid(device: torch.device) -> str:
 
 
 class Place(NamedTuple):
-    """The device of one rank, or the reason why it has none; compared before the ranks join."""
+    """The settings and the device of one rank, or the reason why it has none; compared before the ranks join."""
 
     rank: str
     """The rank's name."""
@@ -43,10 +45,14 @@ class Place(NamedTuple):
     """Device type and backend."""
     uuid: str = ""
     refusal: str = ""
+    settings: dict[str, str] = {}  # noqa: RUF012 - never changed
+    """Flags and their values."""
 
 
 def why_not_together(places: Sequence[Place]) -> str:
     """The reason why ranks at these places cannot be one job; empty if they can."""
+    if differences := _differences([place.settings for place in places]):
+        return f"the ranks were started with different settings: {differences}; give all of them the same"
     if refusal := first_refusal([(place.rank, place.refusal) for place in places]):
         return refusal
     kinds, users = defaultdict(list), defaultdict(list)
@@ -63,6 +69,19 @@ def why_not_together(places: Sequence[Place]) -> str:
             "or let the ranks share with --backend gloo"
         )
     return ""
+
+
+def _differences(settings: Sequence[dict[str, str]]) -> str:
+    """The flags that differ, each with its values and the ranks that have them; empty if there is none."""
+    differences = []
+    for flag in dict.fromkeys(chain(*settings)):
+        users = defaultdict(list)
+        for rank, values in enumerate(settings):
+            users[values.get(flag, "unknown")].append(rank)
+        if len(users) > 1:
+            spelled = " and ".join(f"{value} on {spell_ranks(ranks)}" for value, ranks in users.items())
+            differences.append(f"{flag} is {spelled}")
+    return "; ".join(differences)
 
 
 def first_refusal(found: Sequence[tuple[str, str]]) -> str:

@@ -5,7 +5,7 @@ import re
 import shlex
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +41,12 @@ class Ranks:
     """`torchrun`, `srun` or `one process`."""
     job_id: str | None = None
     """The launcher's name for the run, the same after a restart or requeue; None if it has none."""
+    job: str = ""
+    """The job in words, by which ranks of two jobs that meet at one port are told apart."""
     restarts: int = 0
     """Restarts of the workers by torchrun so far."""
     launch: str | None = None
-    """The name of this launch, the same after a requeue or retry; None if the launcher does neither."""
+    """The name of this launch, the same after a restart, requeue or retry; None if the launcher does none of these."""
     store_address: tuple[str, int] | None = None
     """Host and port of the ranks' store; None for one process."""
     store_is_the_agents: bool = False
@@ -80,6 +82,18 @@ class Ranks:
         return self.launcher != "one process"
 
 
+def spell_ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, or `ranks 0-3, 7`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    spelled = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank{'' if len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {spelled}"
+
+
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Find this process's ranks: torchrun's variables first, then the Slurm step's, then one process.
 
@@ -113,8 +127,10 @@ def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
         nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
         launcher="torchrun",
         job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
+        job=f"torchrun's job {run_id} of {world_size} ranks",
         restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
-        launch=environment.get(LAUNCH_VARIABLE),
+        # The agent makes the folder of its logs, .../RUN_ID_xxxx/attempt_N/RANK/error.json, anew for each launch.
+        launch=environment.get(LAUNCH_VARIABLE) or (str(Path(error_file).parents[2]) if error_file else None),
         store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
         store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         error_file=Path(error_file) if error_file else None,
@@ -125,7 +141,7 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
     world_size = _number(environment, "SLURM_STEP_NUM_TASKS")
     nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
-    host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", ""), nodes)
+    host = _store_host(environment, nodes)
     port = _number(environment, "MASTER_PORT", 20000 + (job * 16 + step) % 20000)
     return Ranks(
         rank=_number(environment, "SLURM_PROCID"),
@@ -135,6 +151,7 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
         nodes=nodes,
         launcher="srun",
         job_id=environment["SLURM_JOB_ID"],
+        job=f"Slurm's step {job}.{step} of {world_size} ranks",
         launch=environment.get(LAUNCH_VARIABLE),
         store_address=(host, port) if world_size > 1 else None,
     )
@@ -156,9 +173,12 @@ def _tasks_here(environment: Mapping[str, str], world_size: int) -> int:
     return counts[node]
 
 
-def _first_host(node_list: str, nodes: int) -> str:
+def _store_host(environment: Mapping[str, str], nodes: int) -> str:
     if nodes == 1:
-        return "127.0.0.1"
+        return "127.0.0.1"  # whatever MASTER_ADDR says: nobody outside the node needs to reach the store
+    if host := environment.get("MASTER_ADDR"):
+        return host
+    node_list = environment.get("SLURM_STEP_NODELIST", "")
     try:
         names = subprocess.run(
             ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=30

@@ -1,16 +1,16 @@
 """The process group of all ranks. The only module that creates or destroys one."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,8 +20,10 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from ddp_circles.errors import UserError
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
-from ddp_circles.job.ranks import Ranks, set_thread_variables
+from ddp_circles.job.loopback import is_loopback, serve_store
+from ddp_circles.job.ranks import Ranks, set_thread_variables, spell_ranks
 from ddp_circles.job.watch import waiting
+from ddp_circles.plain import Plain, from_bytes, to_bytes
 from ddp_circles.terminal import say
 
 HEARING_SECONDS = 5.0
@@ -40,19 +42,22 @@ def pin_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _agree_on_device(store: Store, ranks: Ranks, device: str, backend: str) -> tuple[torch.device, str]:
-    """Choose this rank's device and backend; rank 0 checks that those of all ranks go together.
+def _agree(
+    store: Store, ranks: Ranks, device: str, backend: str, settings: Mapping[str, object]
+) -> tuple[torch.device, str]:
+    """Choose this rank's device and backend; rank 0 checks that settings and devices of all ranks go together.
 
     Raises the same `UserError` on all ranks if they do not.
     """
+    texts = {flag: str(value) for flag, value in settings.items()}
     chosen = None
     try:
         chosen = choose_device(device, backend, ranks.local_rank)
         if chosen[0].type == "cuda":
             torch.cuda.set_device(chosen[0])
-        place = Place(ranks.name, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]))
+        place = Place(ranks.name, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]), settings=texts)
     except (UserError, RuntimeError) as error:  # RuntimeError: the GPU is there and does not work
-        place = Place(ranks.name, refusal=str(error))
+        place = Place(ranks.name, refusal=str(error), settings=texts)
     store.set(f"place/{ranks.rank}", json.dumps(place))
     if ranks.is_main:
         places = [Place(*json.loads(store.get(f"place/{rank}"))) for rank in range(ranks.world_size)]
@@ -110,20 +115,46 @@ class World:
                 dist.all_reduce(integers)
         return integers
 
-    def on_rank_0(self, action: Callable[[], T]) -> T:
+    def on_rank_0(self, action: Callable[[], Plain]) -> Plain:
         """Call `action` on rank 0 alone; returns its result, or raises its `UserError`, on every rank."""
-        box = list(_attempt(action)) if self.ranks.is_main else [None, ""]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        result, refusal = box
+        content = self._broadcast(to_bytes(_attempt(action)) if self.ranks.is_main else b"")
+        result, refusal = from_bytes(content)
         if refusal:
             raise UserError(refusal)
-        return cast(T, result)
+        return result
+
+    def _broadcast(self, content: bytes) -> bytes:
+        """Rank 0's `content`, on every rank."""
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, src=0)
+        buffer = self._padded(content, int(length))
+        dist.broadcast(buffer, src=0)
+        return buffer.cpu().numpy().tobytes()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in the order of ranks, on every rank."""
-        box: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(box, value)
-        return box
+        """Every rank's `value`, made of what JSON knows, in the order of ranks, on every rank."""
+        content = json.dumps(value).encode()
+        lengths = torch.zeros(self.ranks.world_size, dtype=torch.int64, device=self.device)
+        lengths[self.ranks.rank] = len(content)
+        each = self.sum(lengths).tolist()
+        own = self._padded(content, max(each))
+        pieces = [torch.empty_like(own) for _ in each]
+        dist.all_gather(pieces, own)
+        return [json.loads(piece[:size].cpu().numpy().tobytes()) for piece, size in zip(pieces, each, strict=True)]
+
+    def _padded(self, content: bytes, length: int) -> Tensor:
+        return torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8).to(self.device)
+
+    def check_alike(self, digests: Mapping[str, str]) -> None:
+        """Raise the same `UserError` on all ranks if something was not given to all alike; by name, as digests."""
+        everyone = self.gather(dict(digests))
+        for name in digests:
+            values = [given[name] for given in everyone]
+            if odd := [rank for rank, value in enumerate(values) if value != values[0]]:
+                raise UserError(
+                    f"{spell_ranks(odd)} {'was' if len(odd) == 1 else 'were'} given other {name} than rank 0: make "
+                    "them alike on every rank, from the same seed or file"
+                )
 
     def together(self, action: Callable[[], T]) -> T:
         """Call `action` on every rank; if any rank refuses with a `UserError`, all ranks raise the same one."""
@@ -142,19 +173,23 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
 
 
 @contextmanager
-def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> Iterator[World]:
+def open_world(
+    ranks: Ranks, device: str, backend: str, timeout: float, settings: Mapping[str, object]
+) -> Iterator[World]:
     """Join the process group of all ranks, and leave it whatever happens; a world of one is a world too.
 
-    `device` and `backend` as in the configuration. `timeout`: seconds that a collective may take. Raises
-    `ConnectionError` if the ranks do not find each other, and the same `UserError` on all ranks if their devices do not
-    go together or if they would look for each other at stale addresses.
+    `device` and `backend` as in the configuration. `timeout`: seconds that a collective may take. `settings`: flags and
+    values that must be the same on all ranks. Raises `ConnectionError` if the ranks do not find each other, and
+    `UserError`, the same on all ranks, if their settings or devices do not go together; also if they would look for
+    each other at stale addresses, or find another job.
     """
     number = next(_world_numbers)
     try:
         store = _open_store(ranks, timedelta(seconds=timeout), number)
-        own, backend = _agree_on_device(store, ranks, device, backend)
-        if ranks.nodes == 1 and backend == "gloo":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        own, backend = _agree(store, ranks, device, backend, settings)
+        if ranks.nodes == 1:  # neither library listens beyond this machine then
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo")
         dist.init_process_group(
             backend,
             store=store,
@@ -179,28 +214,73 @@ def open_world(ranks: Ranks, device: str, backend: str, timeout: float) -> Itera
 
 
 def _open_store(ranks: Ranks, timeout: timedelta, number: int) -> Store:
-    """Open the ranks' key-value store, with a name space for each restart and each world of a process."""
+    """Open the ranks' key-value store, with a name space for each job, each restart and each world of a process."""
     if ranks.store_address is None:
         return HashStore()
-    # An agent's store outlives the workers. Any other is new at each start, where the nodes' restart counts may differ.
-    start = ranks.restarts if ranks.store_is_the_agents else 0
-    return PrefixStore(f"start {start} world {number}", _connect(ranks, timeout))
-
-
-@cache  # open for the life of the process: other ranks may enter the next world before the rank that serves it
-def _connect(ranks: Ranks, timeout: timedelta) -> Store:
-    assert ranks.store_address is not None
     if ranks.restarts and ranks.nodes > 1 and ranks.store_is_the_agents:
         raise UserError(
             "restarts between nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun: "
             "without it the ranks meet at stale addresses (launch/multi_node.sh sets it)"
         )
-    host, port = ranks.store_address
+    base = _connect(ranks.store_address, ranks.serves_store, ranks.store_is_the_agents, timeout)
+    base.set_timeout(timeout)
+    _check_job(base, ranks)
+    # An agent's store outlives the workers. Any other is new at each start, where the nodes' restart counts may differ.
+    start = ranks.restarts if ranks.store_is_the_agents else 0
+    store = PrefixStore(f"{ranks.job}, start {start}, world {number}", base)
+    if store.add(f"rank/{ranks.rank}", 1) > 1:
+        raise UserError(
+            f"rank {ranks.rank} is at {_spell(ranks)} already: two jobs meet there; give each a MASTER_PORT of its own"
+        )
+    return store
+
+
+_stores: dict[tuple[str, int], Store] = {}
+"""Open for the life of the process: other ranks may enter the next world before the rank that serves it."""
+
+
+def _connect(address: tuple[str, int], serves: bool, agents: bool, timeout: timedelta) -> Store:
+    host, port = address
+    if address not in _stores:
+        if serves:
+            _stores[address] = _serve(host, port, timeout)
+        else:
+            if agents:
+                # It was there before this process: if nobody answers, the launcher is gone and waiting is in vain.
+                socket.create_connection(address, timeout.total_seconds()).close()
+            _stores[address] = TCPStore(host, port, None, False, timeout, False)
+    return _stores[address]
+
+
+def _serve(host: str, port: int, timeout: timedelta) -> Store:
+    try:
+        return serve_store(port, timeout) if is_loopback(host) else TCPStore(host, port, None, True, timeout, False)
+    except (OSError, RuntimeError) as error:
+        if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
+            raise
+        raise UserError(
+            f"port {port} of {host}, where the ranks would meet, is in use, perhaps by another job: "
+            "set MASTER_PORT to a free one"
+        ) from None
+
+
+def _check_job(store: Store, ranks: Ranks) -> None:
+    """Raise `UserError` if the ranks of another job meet at this store."""
     if ranks.store_is_the_agents:
-        # It was there before this process: if nobody answers, the launcher is gone and waiting is in vain.
-        socket.create_connection((host, port), timeout.total_seconds()).close()
-    serves = ranks.serves_store
-    return TCPStore(host, port, None, serves, timeout, multi_tenant=serves, wait_for_workers=False)
+        found = store.compare_set("ddp_circles/job", "", ranks.job)  # the first rank to come names it
+    else:
+        if ranks.serves_store:
+            store.set("ddp_circles/job", ranks.job)
+        found = store.get("ddp_circles/job")
+    if (other := found.decode()) != ranks.job:
+        raise UserError(
+            f"{_spell(ranks)} is where {other} meets, not {ranks.job}: give each job a MASTER_PORT of its own"
+        )
+
+
+def _spell(ranks: Ranks) -> str:
+    host, port = ranks.store_address or ("", 0)
+    return f"{host}:{port}"
 
 
 def is_lost_peer(error: BaseException) -> bool:

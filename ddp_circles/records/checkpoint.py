@@ -2,12 +2,10 @@
 
 import contextlib
 import hashlib
-import io
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ddp_circles.plain import from_bytes, to_bytes
 from ddp_circles.records.files import write_atomically
 
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -18,10 +16,8 @@ State = dict[str, Any]
 
 
 def encode(state: State) -> bytes:
-    """`state` as the bytes of a checkpoint file: a SHA-256 digest, then what `torch.save` writes."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    body = buffer.getvalue()
+    """`state` as the bytes of a checkpoint file: a SHA-256 digest, then its plain values."""
+    body = to_bytes(state)
     return hashlib.sha256(body).digest() + body
 
 
@@ -30,10 +26,7 @@ def decode(content: bytes) -> State:
     digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
         raise ValueError("its checksum does not match: it is cut short or damaged")
-    try:
-        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception:  # unpickling a stranger's bytes may raise anything
-        raise ValueError("it holds something other than tensors and plain values") from None
+    state = from_bytes(body)
     if not isinstance(state, dict):
         raise ValueError("it is not a checkpoint of this package")  # noqa: TRY004 - damage, not a wrong call
     return state

@@ -65,17 +65,17 @@ def open_run(
     """Lock and read the run directory on rank 0; returns the result on all ranks, or raises the same `UserError`.
 
     `at_end` releases the lock. `settings`: what cannot change when the run is continued, by name; `data` among them is
-    the digest of samples that do not follow from the other settings, or None, and must be the same on all ranks.
+    the digest of samples that do not follow from the other settings, or None.
     `fault_rank`: must be a rank of this world when the run is new.
     """
     marks, launches = _compare_ranks(world, settings)
+    opened = RunDir(run_dir or Path("runs") / _run_name(world))
 
-    def read() -> tuple[RunDir, State, bool]:
-        opened = RunDir(run_dir or Path("runs") / _run_name(world))
+    def read() -> tuple[State, bool]:
         opened.open(at_end)
         state, warnings = opened.checkpoints.load_newest()
-        # This very launch may have begun the run: it returns after a requeue, a retry or a lost node.
-        begun_here = world.ranks.restarts or not set(launches).isdisjoint(state.get("starts", ()))
+        # This very launch may have begun the run: it returns after a restart, a requeue or a retry.
+        begun_here = not set(launches).isdisjoint(state.get("starts", ()))
         if resume == "never" and not begun_here:
             opened.clear()
             state, warnings = {}, []
@@ -88,14 +88,15 @@ def open_run(
             warn(warning)
         if not state:
             _check_new_run(world, opened, resume, fault_rank)
-            return opened, state, False
+            return state, False
         _check_same_run(settings, state["settings"], opened.path)
         is_done = _is_done(opened, state, epochs)
         if not is_done and state["fingerprint"] != marks:
             warn(f"this run began on {state['fingerprint']}, not {marks}: the same bits are not promised")
-        return opened, state, is_done
+        return state, is_done
 
-    return Found(*world.on_rank_0(read), settings, marks, launches)
+    state, is_done = world.on_rank_0(read)
+    return Found(opened, state, is_done, settings, marks, launches)
 
 
 def _check_new_run(world: World, run_dir: RunDir, resume: str, fault_rank: int | None) -> None:
@@ -141,8 +142,9 @@ def _run_name(world: World) -> str:
 def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run with other settings than it began with."""
     advice = "Choose another --run-dir, or start over in this one with --resume never"
-    if before["data"] != now["data"]:
-        raise UserError(f"{path} holds a run with other data. {advice}")
+    for name in ("data", "metrics"):  # arguments of `fit`; the others are flags
+        if before[name] != now[name]:
+            raise UserError(f"{path} holds a run with other {name}. {advice}")
     changed = [
         f"--{name.replace('_', '-')} ({_spell(before[name])} there, {_spell(value)} here)"
         for name, value in now.items()
@@ -159,16 +161,10 @@ def _spell(value: object) -> str:
 def _compare_ranks(world: World, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
     """This rank's fingerprint, and the names of this launch on all ranks.
 
-    A mix of fingerprints is warned about, since then the same bits cannot be promised. Raises `UserError` on all ranks
-    if one was given other data.
+    A mix of fingerprints is warned about, since then the same bits cannot be promised.
     """
     marks = fingerprint(world.device, settings["threads"])
-    everyone, launches, digests = zip(*world.gather((marks, world.ranks.launch, settings["data"])), strict=True)
-    if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise UserError(
-            f"rank {odd[0]} was given other data than rank 0: make them alike on every rank, from the same seed or "
-            "file; which rank trains on which samples is decided here"
-        )
+    everyone, launches = zip(*world.gather((marks, world.ranks.launch)), strict=True)
     for name in marks if world.ranks.is_main else ():
         if len(kinds := sorted({other[name] for other in everyone})) > 1:
             warn(f"the ranks differ in {name} ({', '.join(kinds)}): the same bits are not promised")

@@ -44,15 +44,3 @@ def merged(findings: Iterable[Finding]) -> list[Finding]:
 def failed(findings: Iterable[Finding]) -> bool:
     """Tell whether there is anything but warnings among `findings`."""
     return any(finding.severity != "warning" for finding in findings)
-
-
-def spell_ranks(ranks: Iterable[int]) -> str:
-    """`rank 3`, or `ranks 0-3, 7`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    spelled = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'' if len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {spelled}"

@@ -12,8 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ddp_circles.job.ranks import spell_ranks
 from ddp_circles.records.files import write_atomically
-from ddp_circles.verify.findings import Finding, failed, merged, spell_ranks, worst_first
+from ddp_circles.verify.findings import Finding, failed, merged, worst_first
 from ddp_circles.verify.inventory import Inventory
 
 ROWS = 32

@@ -47,7 +47,8 @@ def verify(settings: Settings, ranks: Ranks) -> int:
     if fault is not None and fault.rank > last:
         raise UserError(f"--inject names rank {fault.rank}, and the last rank of this world is {last}")
     trouble = Trouble(fault.kind if fault is not None and fault.rank == ranks.rank else None, settings.seed)
-    with Watch(ranks) as watch, open_world(ranks, settings.device, settings.backend, settings.timeout) as world:
+    device, backend, timeout = settings.device, settings.backend, settings.timeout
+    with Watch(ranks) as watch, open_world(ranks, device, backend, timeout, settings.flags) as world:
         watch.connect(world.store)
         session = Session(settings, world, watch, trouble)
         with alarm(watch, settings.timeout - LAST_WORDS_SECONDS, session.tell_end):

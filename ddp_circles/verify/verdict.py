@@ -9,8 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from ddp_circles.job.ranks import spell_ranks
 from ddp_circles.verify.collectives import ADDENDS, MOVING, Case, Wrong
-from ddp_circles.verify.findings import Finding, spell_ranks
+from ddp_circles.verify.findings import Finding
 from ddp_circles.verify.inventory import Inventory, ranks_by
 from ddp_circles.verify.oracle import Run, Together, earliest, first_difference
 from ddp_circles.verify.speed import deviation

@@ -22,9 +22,8 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
-from torch._C._distributed_c10d import TCPStore
-
 from ddp_circles import train as command_line
+from ddp_circles.job.loopback import serve_store
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.harness.preload"])
@@ -61,7 +60,7 @@ class Job:
         self, function: Callable[..., Any], size: int, *arguments: Any, environment: Mapping[str, str] | None = None
     ) -> None:
         self._folder = TemporaryDirectory()
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self._store = serve_store(0, timedelta(seconds=60))
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(size):

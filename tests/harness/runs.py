@@ -77,13 +77,10 @@ def newest_state(run_dir: Path) -> State:
     return decode(Checkpoints(run_dir / "checkpoints").files()[0].read_bytes())
 
 
-def start(
-    size: int, run_dir: Path, *flags: object, restarts: int = 0, variables: Mapping[str, str] | None = None
-) -> Job:
+def start(size: int, run_dir: Path, *flags: object, variables: Mapping[str, str] | None = None) -> Job:
     """Ranks that train in `run_dir`, to be waited for."""
     function = train_plain if size == PLAIN else train_hastily
-    environment = {"TORCHELASTIC_RESTART_COUNT": str(restarts)} | dict(variables or {})
-    return Job(function, max(1, size), "--run-dir", run_dir, *QUIET, *flags, environment=environment)
+    return Job(function, max(1, size), "--run-dir", run_dir, *QUIET, *flags, environment=variables)
 
 
 def run(size: int, run_dir: Path, *flags: object, timeout: float = 180.0) -> list[Outcome]:
@@ -309,7 +306,7 @@ def torchrun(
     variables: Mapping[str, str] | None = None,
 ) -> Command:
     """A true `torchrun` with `options`: `size` ranks of this node train, in `run_dir` if it is given."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", *_launch_options(size, options))
+    launcher = (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}", *options)
     return Command(log, *launcher, *TRAINER, *_flags(run_dir, flags), cwd=cwd, variables=variables)
 
 
@@ -323,17 +320,11 @@ def agent(
     variables: Mapping[str, str] | None = None,
 ) -> Agent:
     """The same from the fork server: torchrun's agent without torchrun's start."""
-    return Agent(log, _launch_options(size, options), _flags(run_dir, flags), cwd, variables or {})
+    return Agent(log, [f"--nproc_per_node={size}", *options], _flags(run_dir, flags), cwd, variables or {})
 
 
 LAUNCHERS = [agent, pytest.param(torchrun, marks=pytest.mark.long)]
 """For tests of what holds under both; the second costs seconds for each rank."""
-
-
-def _launch_options(size: int, options: Sequence[str]) -> list[str]:
-    given = any("--rdzv-endpoint" in option for option in options)
-    meeting = [] if given else ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # else all want the same port
-    return [f"--nproc_per_node={size}", *meeting, *options]
 
 
 def _flags(run_dir: Path | None, flags: Sequence[object]) -> list[object]:

@@ -151,14 +151,6 @@ def test_must_wants_a_checkpoint_and_never_wants_none(tmp_path: Path, alone: Bit
     assert newest_state(tmp_path)["settings"]["seed"] == 42
 
 
-def test_a_restart_does_not_start_over_under_never(tmp_path: Path, alone: Bits) -> None:
-    kill_at(10, 2, tmp_path, 5, "--resume=never")
-    with start(2, tmp_path, *TINY, "--resume=never", restarts=1) as job:
-        first, _ = job.wait(60)
-    assert "continue after step 10" in first.output
-    assert bits(tmp_path) == alone
-
-
 def test_never_discards_once_however_often_the_launcher_starts_again(tmp_path: Path, alone: Bits) -> None:
     kill_at(10, 1, tmp_path, 5, "--seed=1")
     never = (*TINY, "--resume=never", "--checkpoint-steps=5")

@@ -36,13 +36,27 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Bits:
 
 @pytest.mark.parametrize("launch", LAUNCHERS)
 def test_a_killed_rank_is_restarted_to_the_same_bits(launch: Launcher, tmp_path: Path, alone: Bits) -> None:
-    flags = (*SETTINGS, "--fault=kill@1:200")
+    finish(1, tmp_path / "run", *SETTINGS, "--seed=1", "--epochs=1")
+    # discards the other run at its first start, and nothing at the second
+    flags = (*SETTINGS, "--resume=never", "--fault=kill@1:200")
     with launch(tmp_path / "log", 3, tmp_path / "run", *flags, options=["--max-restarts=3"]) as job:
         assert job.wait(200) == 0, job.output
     assert bits(tmp_path / "run") == alone
     assert "continue after step 200" in job.output
     for rank in (0, 2):
         assert re.search(rf"^rank {rank}: lost a peer: rank 1 \(host ", job.output, re.MULTILINE), job.output
+
+
+@pytest.mark.thorough
+def test_never_discards_at_the_restart_if_the_first_start_failed_before_it_could(tmp_path: Path, alone: Bits) -> None:
+    run_dir = tmp_path / "run"
+    finish(1, run_dir, *SETTINGS)
+    with torchrun(tmp_path / "log", 2, run_dir, *SETTINGS, "--resume=never", options=["--max-restarts=1"]) as job:
+        job.wait_until(lambda: len(job.workers()) == 2)
+        job.workers()[1].kill()  # it is importing torch
+        assert job.wait(200) == 0, job.output
+    assert "start: 2 ranks" in job.output, job.output
+    assert bits(run_dir) == alone
 
 
 def is_training(command: Program, run_dir: Path) -> bool:

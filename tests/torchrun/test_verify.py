@@ -14,8 +14,8 @@ MODULE = ("-m", "ddp_circles.verify", "--device=cpu")
 
 def torchrun(folder: Path, size: int, *flags: object) -> tuple[int, str, dict[str, Any]]:
     """Exit code, output and verify.json of the verifier under torchrun."""
-    launcher = ("-m", "torch.distributed.run", f"--nproc_per_node={size}", "--rdzv-backend=c10d")
-    words = (sys.executable, *launcher, "--rdzv-endpoint=localhost:0", *MODULE, "--out", folder / "verify.json", *flags)
+    launcher = ("-m", "torch.distributed.run", f"--nproc_per_node={size}")
+    words = (sys.executable, *launcher, *MODULE, "--out", folder / "verify.json", *flags)
     with Command(folder / "log", *words, variables={"OMP_NUM_THREADS": "1"}) as command:
         code = command.wait(100)
     return code, command.output, json.loads((folder / "verify.json").read_text())

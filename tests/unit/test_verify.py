@@ -14,11 +14,12 @@ from torch._C._distributed_c10d import HashStore
 
 from ddp_circles.errors import UserError
 from ddp_circles.fixed_point import GRADIENT_BITS, quantize
+from ddp_circles.job.ranks import spell_ranks
 from ddp_circles.models import loss_sum
 from ddp_circles.verify import collectives, oracle, speed, verdict
 from ddp_circles.verify.board import Board
 from ddp_circles.verify.collectives import Case, Wrong
-from ddp_circles.verify.findings import Finding, failed, merged, spell_ranks, worst_first
+from ddp_circles.verify.findings import Finding, failed, merged, worst_first
 from ddp_circles.verify.injection import INTEGERS, Trouble, flip_once
 from ddp_circles.verify.inventory import Inventory, ranks_by
 from ddp_circles.verify.oracle import Run, Together

@@ -80,6 +80,17 @@ def test_the_default_is_the_environment_of_the_process(monkeypatch: pytest.Monke
     assert read_ranks() == read_ranks(TORCHRUN)
 
 
+def test_a_launch_of_torchrun_keeps_its_name_over_restarts_and_no_other_has_it() -> None:
+    def name(launch: str, restarts: int, rank: int) -> str | None:
+        file = f"/tmp/torchelastic_{launch}/night_{launch}/attempt_{restarts}/{rank}/error.json"
+        return read_ranks(TORCHRUN | {"TORCHELASTIC_ERROR_FILE": file}).launch
+
+    assert name("x", 0, 0) == name("x", 0, 1) == name("x", 3, 2)
+    assert name("x", 0, 0) != name("y", 0, 0)
+    assert read_ranks(TORCHRUN | {"DDP_CIRCLES_START": "mine"}).launch == "mine"
+    assert read_ranks(TORCHRUN).launch is None
+
+
 def test_torchrun_inside_a_slurm_step_wins() -> None:
     ranks = read_ranks(SRUN | TORCHRUN)
     assert (ranks.rank, ranks.world_size, ranks.launcher, ranks.job_id) == (5, 8, "torchrun", "night")
@@ -143,9 +154,10 @@ def test_a_step_on_one_node_meets_on_loopback() -> None:
         "SLURM_NODEID": "0",
         "SLURM_LOCALID": "3",
     }
-    ranks = read_ranks(without(SRUN, "MASTER_ADDR") | one_node)
-    assert ranks.store_address is not None
-    assert ranks.store_address[0] == "127.0.0.1"
+    for environment in (SRUN, without(SRUN, "MASTER_ADDR")):
+        ranks = read_ranks(environment | one_node)
+        assert ranks.store_address is not None
+        assert ranks.store_address[0] == "127.0.0.1"
 
 
 def test_a_step_of_one_task_is_a_world_of_one() -> None:
@@ -210,7 +222,7 @@ def test_restarts_on_several_nodes_need_a_separate_store() -> None:
     assert ranks.restarts == 1
     with (
         pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-        open_world(ranks, "cpu", "gloo", 1),
+        open_world(ranks, "cpu", "gloo", 1, {}),
     ):
         pass
 
@@ -251,7 +263,7 @@ def open_without_gpu(rank: int) -> str:
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
     setattr(world_module, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
-    with pytest.raises(UserError) as refused, open_world(ranks, "cuda", "gloo", 30):
+    with pytest.raises(UserError) as refused, open_world(ranks, "cuda", "gloo", 30, {}):
         pass
     return str(refused.value)
 
@@ -273,7 +285,7 @@ def refuse_on_one(rank: int) -> str:
             raise UserError("--n-samples: too many for this node")
         return ranks.rank
 
-    with open_world(ranks, "cpu", "gloo", 30) as world:
+    with open_world(ranks, "cpu", "gloo", 30, {}) as world:
         assert world.together(lambda: ranks.rank) == ranks.rank
         with pytest.raises(UserError) as refused:
             world.together(act)
@@ -291,7 +303,7 @@ def refuse_on_rank_0() -> str:
     def refuse() -> int:
         raise UserError("--run-dir x is in use")
 
-    with open_world(read_ranks(), "cpu", "gloo", 30) as world, pytest.raises(UserError) as refused:
+    with open_world(read_ranks(), "cpu", "gloo", 30, {}) as world, pytest.raises(UserError) as refused:
         world.on_rank_0(refuse)
     return str(refused.value)
 
@@ -304,7 +316,7 @@ def use_world() -> dict[str, Any]:
     """Open a world, use each of its collectives, and close it; returns their results."""
     seen: dict[str, Any] = {}
     ranks = read_ranks()
-    with open_world(ranks, "cpu", "gloo", 30) as world:
+    with open_world(ranks, "cpu", "gloo", 30, {}) as world:
         seen["open"] = (dist.is_initialized(), dist.get_rank(), dist.get_world_size(), dist.get_backend())
         seen["sum"] = world.sum(torch.tensor([2**53 + 1, ranks.rank])).tolist()
         seen["gather"] = world.gather({"rank": ranks.rank})
@@ -332,7 +344,7 @@ def test_a_world_opens_and_closes(size: int) -> None:
 
 def raise_in_world() -> bool:
     try:
-        with open_world(read_ranks(), "cpu", "gloo", 30):
+        with open_world(read_ranks(), "cpu", "gloo", 30, {}):
             raise LookupError
     except LookupError:
         return not dist.is_initialized()
@@ -343,7 +355,7 @@ def test_a_world_closes_after_an_error() -> None:
 
 
 def open_world_of_one() -> tuple[int, list[int], bool]:
-    with open_world(Ranks(), "cpu", "gloo", 30) as world:
+    with open_world(Ranks(), "cpu", "gloo", 30, {}) as world:
         size, total = dist.get_world_size(), torch.tensor([7])
         dist.all_reduce(total)
         world.gather(None)
@@ -355,7 +367,7 @@ def test_one_process_is_a_world_too() -> None:
 
 
 def gloo_interface() -> str:
-    with open_world(read_ranks(), "cpu", "gloo", 30):
+    with open_world(read_ranks(), "cpu", "gloo", 30, {}):
         return os.environ["GLOO_SOCKET_IFNAME"]
 
 
@@ -366,7 +378,7 @@ def test_gloo_uses_loopback_on_one_node_by_default() -> None:
 
 def wait_for_missing_rank() -> tuple[float, str]:
     started = time.monotonic()
-    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), "cpu", "gloo", 2):
+    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), "cpu", "gloo", 2, {}):
         pass
     assert is_lost_peer(refused.value)
     return time.monotonic() - started, str(refused.value)
@@ -384,7 +396,7 @@ def test_the_wait_for_a_missing_rank_is_bounded() -> None:
 
 def lose_peer() -> bool:
     ranks = read_ranks()
-    with open_world(ranks, "cpu", "gloo", 30) as world:
+    with open_world(ranks, "cpu", "gloo", 30, {}) as world:
         world.gather(None)
         if ranks.rank == 1:
             os._exit(0)
