@@ -198,10 +198,12 @@ def check_training(
                     terms.check(what, total / len(inputs) * terms.largest, LOSS_BITS)
                     if training and what == "loss=":
                         _check_gradients(model, total, len(inputs), terms)
-                # A step may leave a micro-batch one sample, or none. (Alone, a sample ends batch norm's training.)
-                fewer = ([1] if exact or not training else []) + [0] * ((count % batch or batch) < micro_batches)
-                for size in fewer:
-                    fewer_logits = _run(model, inputs[:size], f"data.{part}.inputs")
+                last = count % batch or batch
+                # Batch norm cannot train on one sample, so in fast it is only tried where that happens.
+                least = 1 if exact or not training else max(1, last // micro_batches)
+                for size in [least, 0] if last < micro_batches else [least]:
+                    name = f"data.{part}.inputs[:{size}], as few as a step may leave a rank,"
+                    fewer_logits = _run(model, inputs[:size], name)
                     for what, function in sums.items():
                         _call(what, function, fewer_logits, targets[:size])
             if exact and (moved := before.moved()):
