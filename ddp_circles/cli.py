@@ -13,6 +13,7 @@ import tyro
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.job.ranks import Ranks, read_ranks
 from ddp_circles.job.stop import stop_requested
+from ddp_circles.terminal import visible, visible_lines
 
 RANK_0_SPEAKS_SECONDS = 5.0
 """Time that the other ranks give rank 0 to print its message before they leave over a user's mistake."""
@@ -48,7 +49,7 @@ def run(command: Callable[[Ranks], int]) -> int:
 def refuse(ranks: Ranks, error: UserError) -> int:
     """Say a user's mistake once, from rank 0; returns the exit code for it."""
     if ranks.is_main:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {visible_lines(str(error))}", file=sys.stderr, flush=True)
     else:
         _let_rank_0_speak()
     return EXIT_BAD_INPUT
@@ -57,8 +58,8 @@ def refuse(ranks: Ranks, error: UserError) -> int:
 def print_traceback(ranks: Ranks) -> None:
     """Print the traceback of the exception being handled, each line labelled with the rank if there are several."""
     label = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
-    lines = traceback.format_exc().splitlines(keepends=True)
-    print("".join(label + line for line in lines), file=sys.stderr, flush=True)
+    lines = traceback.format_exc().rstrip("\n").split("\n")
+    print("\n".join(label + visible(line) for line in lines) + "\n", file=sys.stderr, flush=True)
 
 
 def _let_rank_0_speak() -> None:

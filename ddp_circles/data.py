@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
+import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +73,21 @@ def make_points(dataset: str, *, n_samples: int, **options: Any) -> Split:
     `UserError` if memory or disk cannot hold so many.
     """
     arguments = options | {"dataset": dataset, "n_samples": n_samples}
+    with _naming_n_samples(n_samples):
+        return _cached(arguments)[0] if n_samples >= CACHED_FROM else _generate(arguments)
+
+
+def cached_points(**arguments: Any) -> tuple[Split, str]:
+    """The set that `make_points` takes from this node's cache, and its digest, for a comparison between nodes."""
+    with _naming_n_samples(arguments["n_samples"]):
+        return _cached(arguments)
+
+
+@contextmanager
+def _naming_n_samples(n_samples: int) -> Iterator[None]:
+    """Turn a lack of memory or disk space into a `UserError`."""
     try:
-        return _cached(arguments) if n_samples >= CACHED_FROM else _generate(arguments)
+        yield
     except MemoryError as error:
         raise UserError(f"--n-samples {n_samples} needs more memory than there is ({error}): use fewer") from None
     except (OSError, SafetensorError) as error:
@@ -87,26 +103,68 @@ def _generate(arguments: dict[str, Any]) -> Split:
     return points.generate(**arguments)
 
 
-def _cached(arguments: dict[str, Any]) -> Split:
-    """Load the set from this node's cache; the first rank to ask makes it under a lock, while the others wait."""
+def _cached(arguments: dict[str, Any]) -> tuple[Split, str]:
+    """Load the set from this node's cache, with its digest; the first rank to ask makes it while the others wait."""
     recipe = json.dumps(arguments | {name: version(name) for name in ("scikit-learn", "numpy")}, sort_keys=True)
-    cache = Path(tempfile.gettempdir()) / f"ddp_circles-{os.getuid()}"
+    cache = Path(tempfile.gettempdir()) / f"ddp_circles-{os.geteuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
+    if not _is_ours(cache, stat.S_ISDIR):
+        raise UserError(
+            f"{cache} is not a folder that belongs to you and that nobody else can write to: the points of big sets "
+            "are kept there. Remove it, or set TMPDIR to another folder"
+        )
     file = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors"
     checksum = file.with_suffix(".sha256")
     with FileLock(file.with_suffix(".lock"), timeout=CACHE_WAIT_SECONDS):
-        if not (file.exists() and checksum.exists() and checksum.read_bytes() == _digest(file)):
-            file.unlink(missing_ok=True)  # not overwritten: a running training may have it mapped
+        split = _load(file, checksum, arguments)
+        if split is None:
+            for stale in (file, checksum):  # not overwritten: a running training may have it mapped
+                stale.unlink(missing_ok=True)
             _store(_generate(arguments), file)
             checksum.write_bytes(_digest(file))
+            checksum.chmod(0o600)
+            split = _load(file, checksum, arguments)
+        if split is None:
+            raise OSError(f"{file} has changed since it was written")
+        return split, checksum.read_bytes().hex()
+
+
+def _is_ours(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    """True if `path` is of that kind, no link, belongs to this user, and nobody else may write to it."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _load(file: Path, checksum: Path, arguments: dict[str, Any]) -> Split | None:
+    """The stored set; None if it is not there, damaged, or not the set that was asked for."""
+    if not (_is_ours(file, stat.S_ISREG) and _is_ours(checksum, stat.S_ISREG)):
+        return None
+    if checksum.read_bytes() != _digest(file):
+        return None
     loaded = load_file(file)  # mapped: the pages are shared by the node's ranks
+    if {name: (part.dtype, tuple(part.shape)) for name, part in loaded.items()} != _expected_parts(arguments):
+        return None
     parts = [loaded[name] for name in CACHED_PARTS]
     return Split(Dataset(*parts[:2]), Dataset(*parts[2:]))
+
+
+def _expected_parts(arguments: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The types and shapes of a stored set's parts."""
+    classes = torch.int64 if arguments["dataset"] == "blobs" else torch.float32
+    tested = math.ceil(arguments["n_samples"] * arguments["test_fraction"])  # as scikit-learn rounds
+    expected = []
+    for count in (arguments["n_samples"] - tested, tested):
+        expected += [(torch.float32, (count, 2)), (classes, (count,))]
+    return dict(zip(CACHED_PARTS, expected, strict=True))
 
 
 def _store(split: Split, file: Path) -> None:
     try:
         save_file(dict(zip(CACHED_PARTS, [*split.train, *split.test], strict=True)), file)
+        file.chmod(0o600)
     except BaseException:
         file.unlink(missing_ok=True)
         raise

@@ -13,5 +13,9 @@ class OutOfRangeError(ArithmeticError):
     """A gradient, loss or metric that is not finite, or too large for the exact sums; raised on all ranks alike."""
 
 
+class RunDirTakenError(Exception):
+    """The run directory was removed, or taken by another run: nothing more is written there."""
+
+
 class StopRequestedError(Exception):
     """All ranks agreed to stop here, and what was done so far is saved."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
+import rich.markup
 import rich.progress
 import torch
 from rich.console import Console
@@ -22,6 +23,7 @@ from ddp_circles.data import make_points
 from ddp_circles.errors import UserError
 from ddp_circles.models import Classifier, class_count, labels_of, probabilities_of
 from ddp_circles.records.files import replacing
+from ddp_circles.terminal import visible
 
 COORDINATES = ("x1", "x2")
 LARGEST = torch.finfo(torch.float32).max
@@ -228,7 +230,7 @@ def _open(source: Path) -> AbstractContextManager[TextIO]:
             encoding="utf-8-sig",  # without the mark that some programs put first
             errors="surrogateescape",  # names of columns in another encoding pass unchanged
             newline="",
-            description=source.name,
+            description=rich.markup.escape(visible(source.name)),
             console=Console(stderr=True),
             transient=True,
             disable=not sys.stderr.isatty() or not source.is_file(),

@@ -11,6 +11,7 @@ import tyro
 from ddp_circles import cli
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import Ranks
+from ddp_circles.terminal import visible_lines
 
 EXIT_INTERRUPTED = 130
 
@@ -46,7 +47,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit code."""
     try:
-        print(_answer(cli.parse(CommandLine, arguments, program="ddp_circles.predict")))
+        print(visible_lines(_answer(cli.parse(CommandLine, arguments, program="ddp_circles.predict"))))
     except UserError as error:
         return cli.refuse(Ranks(), error)
     except KeyboardInterrupt:

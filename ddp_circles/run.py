@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from ddp_circles import loop
 from ddp_circles.config import Config
 from ddp_circles.contract import check_data, check_metrics, check_model, check_training
-from ddp_circles.data import CACHED_FROM, Dataset, Split, digest, make_points
-from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, StopRequestedError, UserError
+from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
+from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.faults import Fault, Rehearsal
@@ -93,11 +93,13 @@ def _fit_in_world(
     """Train in an open world; `at_end` is told what to close."""
     own = any(part is not None for part in (model, data, loss, metrics))
     split, metrics = check_data(data) if data is not None else None, check_metrics(metrics)
+    exact, accuracy = config.reduction == "exact", True
+    if exact:
+        be_deterministic()  # before anything is computed, the fingerprint too
     bare = _make_model(config, model).to(world.device)
     own_data, names = split.digest() if split is not None else "", " ".join(metrics)
     initial = digest(bare.state_dict().values())
     world.check_alike({"data": own_data, "metrics": names, "initial parameters and buffers": initial})
-    exact, accuracy = config.reduction == "exact", True
     if own:  # before anything is written
         split = (split or _make_points(config, world)).to(world.device)
         micro_batches = config.micro_batches if exact else world.ranks.world_size
@@ -171,20 +173,24 @@ def _fit_in_world(
 
 def _make_points(config: Config, world: World) -> Split:
     """The configuration's points on every rank."""
-    make = partial(make_points, **config.points)
-    # Rank 0 hands a small set round: the others need not import scikit-learn, which takes far longer than the points.
-    if config.n_samples >= CACHED_FROM:
-        return world.together(make)
-    parts = world.on_rank_0(lambda: [part for share in make() for part in share])
-    return Split(Dataset(*parts[:2]), Dataset(*parts[2:]))
+    if config.n_samples < CACHED_FROM:
+        # Rank 0 hands a small set round: the others need not import scikit-learn, which takes longer than the points.
+        parts = world.on_rank_0(lambda: [part for share in make_points(**config.points) for part in share])
+        return Split(Dataset(*parts[:2]), Dataset(*parts[2:]))
+    split, made = world.together(partial(cached_points, **config.points))
+    everyone = world.gather((world.ranks.name, made))
+    if odd := [name for name, other in everyone if other != everyone[0][1]]:
+        raise UserError(
+            f"{odd[0]} has made other points than {everyone[0][0]} from the same settings: the nodes need the same "
+            "versions of scikit-learn, numpy and safetensors"
+        )
+    return split
 
 
 def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
     if model is None:
         torch.manual_seed(config.seed)  # directly before the model is built, as in the tutorial
         model = Classifier(2, config.hidden, config.activation, class_count(config.dataset))
-    if config.reduction == "exact":
-        be_deterministic()
     check_model(model, exact=config.reduction == "exact")
     return model
 
@@ -213,7 +219,12 @@ def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, op
     tracking_id = found.state.get("tracking_id") or new_run_id(first=world.number == 0)
     return Writer(
         run_dir=found.run_dir,
-        metrics_file=MetricsFile(found.run_dir.metrics, keep_below_epoch=found.state.get("epoch", 0)),
+        metrics_file=MetricsFile(
+            found.run_dir.metrics,
+            keep_below_epoch=found.state.get("epoch", 0),
+            seal=found.state.get("metrics_seal"),
+            last=found.state.get("metrics"),
+        ),
         console=Console(config.log_every, config.epochs),
         follower=WandbFollower(
             found.run_dir.path,
@@ -250,6 +261,7 @@ def _summary(
         "torch": str(torch.__version__),
         "backend": world.backend,
         "device": found.fingerprint["device"],
+        "fingerprint": found.fingerprint,
         "train_seconds": recorder.train_seconds,
         "samples_per_second": samples * progress.epoch / max(recorder.train_seconds, 1e-9),
     }
@@ -272,9 +284,9 @@ def _telling_others(world: World, watch: Watch) -> Iterator[None]:
         raise
     except StopRequestedError:
         raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
-    except OutOfRangeError as error:
+    except (OutOfRangeError, RunDirTakenError) as error:
         watch.say(str(error))
-        watch.last_words("raised OutOfRangeError")
+        watch.last_words(f"raised {type(error).__name__}")
         raise SystemExit(1) from None
     except Exception as error:
         if world.ranks.world_size > 1 and is_lost_peer(error):

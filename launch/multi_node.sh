@@ -48,7 +48,8 @@ done
 [[ $nodes =~ ^([1-9][0-9]*)(:([1-9][0-9]*))?$ ]] || refuse "--nodes must be N or MIN:MAX, got '$nodes'"
 ((BASH_REMATCH[1] <= ${BASH_REMATCH[3]:-BASH_REMATCH[1]})) || refuse "--nodes must be N or MIN:MAX, got '$nodes'"
 [[ $head =~ ^[^:/[:space:]]+(:[0-9]+)?$ ]] || refuse "--head must be HOST or HOST:PORT, got '$head'"
-[[ $id =~ ^[A-Za-z0-9._-]+$ && $id != none ]] || refuse "--id must be a name of letters, digits, '.', '_' or '-', got '$id'"
+[[ $id =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ && $id != none ]] ||
+    refuse "--id must be a name of letters, digits, '.', '_' or '-', beginning with a letter or digit, got '$id'"
 [[ $ranks =~ ^([1-9][0-9]*)?$ ]] || refuse "--ranks must be a number above 0, got '$ranks'"
 [[ $max_restarts =~ ^[0-9]+$ ]] || refuse "--max-restarts must be a number, got '$max_restarts'"
 [[ $head == *:* ]] || head=$head:29400

@@ -4,6 +4,11 @@
 
 : "${max_retries:=3}" "${max_requeues:=100}" "${stop_asked:=}"
 
+[[ $SLURM_JOB_ID =~ ^[0-9]+$ ]] || { # it becomes the name of a folder
+    echo "error: SLURM_JOB_ID must be a number, as Slurm sets it, got ${SLURM_JOB_ID@Q}" >&2
+    exit 2
+}
+
 run_directory() { # run_directory DEFAULT [TRAINER'S FLAGS...]: print the run directory
     local found=$1
     shift
@@ -55,7 +60,7 @@ supervise() { # supervise RUN_DIR COMMAND...: run COMMAND, which trains in RUN_D
         before=$(stat -c '%i %y' "$status_file" 2>/dev/null)
         code=0
         [ -n "$stop_asked" ] || run_step "$@" || code=$?
-        word=$(cat "$status_file" 2>/dev/null)
+        word=$(head -c 20 "$status_file" 2>/dev/null | tr -cd '[:alnum:]') # printed below: nothing but a word
         # a status file that this step did not write is left over from an earlier start
         [ "$(stat -c '%i %y' "$status_file" 2>/dev/null)" != "$before" ] || [ "$code" = 0 ] || word="stale ${word:-none}"
 

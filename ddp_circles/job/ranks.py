@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_circles.errors import UserError
+from ddp_circles.terminal import spell_numbers
 
 LAUNCH_VARIABLE = "DDP_CIRCLES_START"
 """Set by launchers that restart the ranks by themselves: a name of the launch that survives restarts."""
@@ -84,14 +85,8 @@ class Ranks:
 
 def spell_ranks(ranks: Iterable[int]) -> str:
     """`rank 3`, or `ranks 0-3, 7`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    spelled = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'' if len(runs) == 1 and runs[0][0] == runs[0][1] else 's'} {spelled}"
+    spelled = spell_numbers(ranks)
+    return f"rank{'' if spelled.isdigit() else 's'} {spelled}"
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Self
 from torch._C._distributed_c10d import HashStore, Store
 
 from ddp_circles.job.ranks import Ranks, parent_at_start
+from ddp_circles.terminal import visible, visible_lines
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 7.0
@@ -100,7 +101,7 @@ class Watch:
     def say(self, line: str) -> None:
         """Print `line` on standard error, labelled with the rank."""
         with contextlib.suppress(OSError):  # the launcher's end of the pipe may be gone with it
-            print(f"rank {self._ranks.rank}: {line}", file=sys.stderr, flush=True)
+            print(f"rank {self._ranks.rank}: {visible_lines(line)}", file=sys.stderr, flush=True)
 
     # ---- the end
 
@@ -180,7 +181,7 @@ class Watch:
                 time.sleep(0.1)
             if not store.check(["verdict"]):
                 store.compare_set("verdict", "", self._find_culprits())
-            return store.get("verdict").decode()
+            return self._read("verdict")
         except RuntimeError:
             return self._verdict or "the store is gone too, with rank 0 or the launcher that held it"
 
@@ -201,7 +202,7 @@ class Watch:
         while True:
             for rank in self._others:
                 if rank not in words and self._store.check([f"end/{rank}"]):
-                    words[rank] = self._store.get(f"end/{rank}").decode()
+                    words[rank] = self._read(f"end/{rank}")
             raised = any(word != WAITED for word in words.values())
             if raised or len(words) == len(self._others) or time.monotonic() >= deadline:
                 return words
@@ -212,7 +213,11 @@ class Watch:
         if not seen:
             return f"rank {rank} was never seen"
         age = max(0.0, time.time() - seen["since"])
-        return f"{seen['name']} {word + ', ' if word else ''}last seen in {seen['where']}, {age:.0f} s ago"
+        return visible(f"{seen['name']} {word + ', ' if word else ''}last seen in {seen['where']}, {age:.0f} s ago")
+
+    def _read(self, key: str) -> str:
+        """The text under `key`, in one line; other processes of the network may write to the store."""
+        return visible(self._store.get(key).decode(errors="replace"))
 
     def _seen(self, rank: int) -> dict[str, Any]:
         """The last heartbeat of `rank`; empty if it left none."""
@@ -238,7 +243,7 @@ class Watch:
             if not self._store.check(["failed"]):
                 return ""
             if self._store.check(["verdict"]):
-                self._verdict = self._store.get("verdict").decode()
+                self._verdict = self._read("verdict")
             return f"the job has failed: {self._verdict}"
         except RuntimeError:
             return "the store of the job is gone"

@@ -1,12 +1,10 @@
 """The process group of all ranks. The only module that creates or destroys one."""
 
 import contextlib
-import errno
 import itertools
 import json
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +14,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store
 
 from ddp_circles.errors import UserError
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
-from ddp_circles.job.loopback import is_loopback, serve_store
 from ddp_circles.job.ranks import Ranks, set_thread_variables, spell_ranks
+from ddp_circles.job.store import is_loopback, open_store
 from ddp_circles.job.watch import waiting
 from ddp_circles.plain import Plain, from_bytes, to_bytes
 from ddp_circles.terminal import say
@@ -185,11 +183,13 @@ def open_world(
     """
     number = next(_world_numbers)
     try:
-        store = _open_store(ranks, timedelta(seconds=timeout), number)
+        store = open_store(ranks, timedelta(seconds=timeout), number)
         own, backend = _agree(store, ranks, device, backend, settings)
-        if ranks.nodes == 1:  # neither library listens beyond this machine then
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(name, "lo")
+        # On one machine neither library listens beyond it.
+        if ranks.nodes == 1:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if ranks.store_address is None or is_loopback(ranks.store_address[0]):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             backend,
             store=store,
@@ -213,76 +213,6 @@ def open_world(
         dist.destroy_process_group()
 
 
-def _open_store(ranks: Ranks, timeout: timedelta, number: int) -> Store:
-    """Open the ranks' key-value store, with a name space for each job, each restart and each world of a process."""
-    if ranks.store_address is None:
-        return HashStore()
-    if ranks.restarts and ranks.nodes > 1 and ranks.store_is_the_agents:
-        raise UserError(
-            "restarts between nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun: "
-            "without it the ranks meet at stale addresses (launch/multi_node.sh sets it)"
-        )
-    base = _connect(ranks.store_address, ranks.serves_store, ranks.store_is_the_agents, timeout)
-    base.set_timeout(timeout)
-    _check_job(base, ranks)
-    # An agent's store outlives the workers. Any other is new at each start, where the nodes' restart counts may differ.
-    start = ranks.restarts if ranks.store_is_the_agents else 0
-    store = PrefixStore(f"{ranks.job}, start {start}, world {number}", base)
-    if store.add(f"rank/{ranks.rank}", 1) > 1:
-        raise UserError(
-            f"rank {ranks.rank} is at {_spell(ranks)} already: two jobs meet there; give each a MASTER_PORT of its own"
-        )
-    return store
-
-
-_stores: dict[tuple[str, int], Store] = {}
-"""Open for the life of the process: other ranks may enter the next world before the rank that serves it."""
-
-
-def _connect(address: tuple[str, int], serves: bool, agents: bool, timeout: timedelta) -> Store:
-    host, port = address
-    if address not in _stores:
-        if serves:
-            _stores[address] = _serve(host, port, timeout)
-        else:
-            if agents:
-                # It was there before this process: if nobody answers, the launcher is gone and waiting is in vain.
-                socket.create_connection(address, timeout.total_seconds()).close()
-            _stores[address] = TCPStore(host, port, None, False, timeout, False)
-    return _stores[address]
-
-
-def _serve(host: str, port: int, timeout: timedelta) -> Store:
-    try:
-        return serve_store(port, timeout) if is_loopback(host) else TCPStore(host, port, None, True, timeout, False)
-    except (OSError, RuntimeError) as error:
-        if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
-            raise
-        raise UserError(
-            f"port {port} of {host}, where the ranks would meet, is in use, perhaps by another job: "
-            "set MASTER_PORT to a free one"
-        ) from None
-
-
-def _check_job(store: Store, ranks: Ranks) -> None:
-    """Raise `UserError` if the ranks of another job meet at this store."""
-    if ranks.store_is_the_agents:
-        found = store.compare_set("ddp_circles/job", "", ranks.job)  # the first rank to come names it
-    else:
-        if ranks.serves_store:
-            store.set("ddp_circles/job", ranks.job)
-        found = store.get("ddp_circles/job")
-    if (other := found.decode()) != ranks.job:
-        raise UserError(
-            f"{_spell(ranks)} is where {other} meets, not {ranks.job}: give each job a MASTER_PORT of its own"
-        )
-
-
-def _spell(ranks: Ranks) -> str:
-    host, port = ranks.store_address or ("", 0)
-    return f"{host}:{port}"
-
-
 def is_lost_peer(error: BaseException) -> bool:
     """True if `error` says that a collective failed because another rank is gone or silent."""
     if isinstance(error, BrokenPipeError):  # the reader of our output left, not a rank
@@ -295,15 +225,3 @@ def is_lost_peer(error: BaseException) -> bool:
 def first_sentence(error: BaseException) -> str:
     """The first sentence of a backend's long message, without the place in its source."""
     return re.sub(r"\[\S+:\d+\] ", "", " ".join(str(error).split())).split(". ")[0][:200]
-
-
-def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
-    """Everything besides the configuration that a result's bits depend on; equal on ranks that compute alike."""
-    on_cuda = device.type == "cuda"
-    return {
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
-        "instruction_set": "" if on_cuda else torch.backends.cpu.get_cpu_capability(),
-        "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
-        "threads": str(threads),
-    }

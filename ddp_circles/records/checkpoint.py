@@ -2,11 +2,13 @@
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ddp_circles.plain import from_bytes, to_bytes
 from ddp_circles.records.files import write_atomically
+from ddp_circles.terminal import visible
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 KEEP = 3
@@ -35,8 +37,10 @@ def decode(content: bytes) -> State:
 class Checkpoints:
     """The last few checkpoints of a run, one file each, in `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
+        self._check = check
+        """Called before every change; raises where the folder is no longer this run's."""
 
     def files(self) -> list[Path]:
         """The checkpoint files, newest first."""
@@ -45,7 +49,10 @@ class Checkpoints:
     def save(self, state: State, step: int) -> Path:
         """Write `state` after `step` global steps and drop the oldest files; an `OSError` leaves the others intact."""
         path = self.folder / f"step-{step:012d}.checkpoint"
-        write_atomically(path, encode(state))
+        content = encode(state)
+        self._check()
+        write_atomically(path, content)
+        self._check()
         for old in self.files()[KEEP:]:
             with contextlib.suppress(OSError):  # it harms nothing, and the next save tries again
                 old.unlink()
@@ -58,5 +65,5 @@ class Checkpoints:
             try:
                 return decode(path.read_bytes()), warnings
             except (OSError, ValueError) as error:
-                warnings.append(f"checkpoint {path} is passed over: {error}")
+                warnings.append(visible(f"checkpoint {path} is passed over: {error}"))
         return {}, warnings

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 SUFFIX = ".partial"
+SHORT = 4096
+"""Bytes that `read_short` reads at most."""
 
 
 @contextmanager
@@ -37,6 +39,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`, as `replacing` does; raises `OSError`."""
     with replacing(path) as file:
         file.write(content)
+
+
+def read_short(path: Path) -> str:
+    """The beginning of the text file `path`; raises `OSError`, also for a link. Never waits for a pipe."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return os.read(descriptor, SHORT).decode(errors="replace")
+    finally:
+        os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:

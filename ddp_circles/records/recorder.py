@@ -128,6 +128,7 @@ class Recorder:
             "global_step": step,
             "train": list(astuple(progress.train)),
             "metrics": self.metrics,
+            "metrics_seal": writer.metrics_file.seal(),
             "train_seconds": self.train_seconds + self._training * (time.monotonic() - self._epoch_began),
         }
         writer.run_dir.checkpoints.save(state, step)

@@ -10,11 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddp_circles.errors import UserError
-from ddp_circles.job.world import World, fingerprint
+from ddp_circles.job.fingerprint import fingerprint
+from ddp_circles.job.world import World
 from ddp_circles.metrics import Progress, Tally
 from ddp_circles.records.checkpoint import State
 from ddp_circles.records.run_dir import RunDir
-from ddp_circles.terminal import warn
+from ddp_circles.terminal import visible, warn
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Found:
         try:
             model.load_state_dict(self.state["model"])
         except RuntimeError as error:
+            what = visible(" ".join(str(error).split()))
             raise UserError(
-                f"{self.run_dir.path} holds a run of another model: {error}. Choose another --run-dir"
+                f"{self.run_dir.path} holds a run of another model: {what}. Choose another --run-dir"
             ) from None
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
@@ -91,8 +93,8 @@ def open_run(
             return state, False
         _check_same_run(settings, state["settings"], opened.path)
         is_done = _is_done(opened, state, epochs)
-        if not is_done and state["fingerprint"] != marks:
-            warn(f"this run began on {state['fingerprint']}, not {marks}: the same bits are not promised")
+        if not is_done and (changed := _changed(state["fingerprint"], marks)):
+            warn(f"this run goes on where {'; '.join(changed)}: the same bits are not promised")
         return state, is_done
 
     state, is_done = world.on_rank_0(read)
@@ -133,10 +135,17 @@ def _run_name(world: World) -> str:
     """
     ranks = world.ranks
     if ranks.job_id is not None:
-        return f"{ranks.job_id}-{world.number + 1}" if world.number else ranks.job_id
-    if ranks.restarts and not ranks.store_is_the_agents:
+        name = f"{ranks.job_id}-{world.number + 1}" if world.number else ranks.job_id
+    elif ranks.restarts and not ranks.store_is_the_agents:
         raise UserError("a restarted run needs a name that lasts: give --run-dir, or --rdzv-id to torchrun")
-    return world.agree_on_first(datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f"))
+    else:
+        name = world.agree_on_first(datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f"))
+    if name != Path(name).name or name == ".." or not name.isprintable():
+        raise UserError(
+            f"the launch's id {name!r} cannot name a folder in runs/: give --run-dir, or torchrun another --rdzv-id "
+            "(a Slurm job: another SLURM_JOB_ID)"
+        )
+    return name
 
 
 def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
@@ -146,16 +155,25 @@ def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> 
         if before[name] != now[name]:
             raise UserError(f"{path} holds a run with other {name}. {advice}")
     changed = [
-        f"--{name.replace('_', '-')} ({_spell(before[name])} there, {_spell(value)} here)"
+        f"--{name.replace('_', '-')} ({_spell(before.get(name))} there, {_spell(value)} here)"
         for name, value in now.items()
-        if before[name] != value
+        if before.get(name) != value
     ]
     if changed:
         raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. {advice}")
 
 
 def _spell(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return visible(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The entries of a fingerprint that differ; an earlier version may have known fewer."""
+    return [
+        visible(f"{name} was {before[name] or 'not set'} and is {value or 'not set'}")
+        for name, value in now.items()
+        if before.get(name, value) != value
+    ]
 
 
 def _compare_ranks(world: World, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:

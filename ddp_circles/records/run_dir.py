@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,9 +13,10 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, contiguous_format
 
-from ddp_circles.errors import UserError
+from ddp_circles.errors import RunDirTakenError, UserError
 from ddp_circles.records.checkpoint import Checkpoints
-from ddp_circles.records.files import sweep, write_atomically
+from ddp_circles.records.files import read_short, sweep, write_atomically
+from ddp_circles.terminal import visible
 
 Status = Literal["running", "stopped", "finished", "failed"]
 LOCK_WAIT_SECONDS = 20.0
@@ -26,9 +28,12 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = Checkpoints(path / "checkpoints")
+        self.checkpoints = Checkpoints(path / "checkpoints", self.check)
         self.metrics = path / "metrics.jsonl"
         self.model = path / "model.safetensors"
+        self._holder = path / ".lock.holder"
+        self._mark = f"process {os.getpid()} on {visible(socket.gethostname())}\n{secrets.token_hex(16)}\n"
+        """The text of `_holder` while this start holds the folder: no other start has the same."""
 
     def open(self, at_end: ExitStack) -> None:
         """Make the folder and take its lock, which `at_end` releases; remove the leftovers of killed writes.
@@ -36,7 +41,6 @@ class RunDir:
         Raises `UserError` where it cannot be written, where it has a configuration file that no run wrote, or where
         another run still holds it after `LOCK_WAIT_SECONDS`.
         """
-        holder = self.path / ".lock.holder"
         try:
             if self.status is None and (foreign := self.path / "config.toml").exists():
                 raise UserError(f"--run-dir {self.path} would overwrite {foreign}, which is no run's: choose another")
@@ -44,22 +48,37 @@ class RunDir:
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError("no permission to write")
             at_end.enter_context(FileLock(self.path / ".lock").acquire(timeout=LOCK_WAIT_SECONDS))
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            write_atomically(self._holder, self._mark.encode())  # a rename, which follows no link
             sweep(self.path)
             sweep(self.checkpoints.folder)
         except Timeout:
             name = "another process"
             with contextlib.suppress(OSError):  # it may have just taken the lock, and not written its name yet
-                name = holder.read_text()
+                name = _name_in(read_short(self._holder)) or name
             raise UserError(f"--run-dir {self.path} is in use by {name}: wait for it, or choose another") from None
         except OSError as error:
             raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None
 
+    def check(self) -> None:
+        """Raise `RunDirTakenError` if another folder is at `path` by now, or another start holds it.
+
+        The lock cannot tell: this process keeps it on a file that was removed, while others lock a new one.
+        """
+        try:
+            found = read_short(self._holder)
+        except (FileNotFoundError, NotADirectoryError):
+            found = ""
+        if found != self._mark:
+            how = f"taken by another run ({_name_in(found)})" if found else "removed"
+            raise RunDirTakenError(f"--run-dir {self.path} was {how} while this run was training: it ends here")
+
     @property
     def status(self) -> str | None:
         """The word in the file `status`; None where there is none."""
-        file = self.path / "status"
-        return file.read_text().strip() if file.exists() else None
+        try:
+            return read_short(self.path / "status").strip()
+        except FileNotFoundError:
+            return None
 
     def set_status(self, status: Status) -> None:
         """Write the state of the run, one word."""
@@ -67,6 +86,7 @@ class RunDir:
 
     def write(self, name: str, text: str) -> None:
         """Replace the file `name` by `text`."""
+        self.check()
         write_atomically(self.path / name, text.encode())
 
     def write_model(self, state: dict[str, Tensor]) -> str:
@@ -74,12 +94,19 @@ class RunDir:
         # Copies, since tied weights are one tensor under two names, and safetensors takes each memory once.
         copies = {name: value.detach().cpu().clone(memory_format=contiguous_format) for name, value in state.items()}
         content = safetensors_bytes(copies)
+        self.check()
         write_atomically(self.model, content)
         return hashlib.sha256(content).hexdigest()
 
     def clear(self) -> None:
         """Delete what an earlier run left, so that a new one starts from nothing."""
+        self.check()
         for checkpoint in sorted(self.checkpoints.folder.iterdir(), reverse=True):
             checkpoint.unlink()
         for stale in (self.metrics, self.model, self.path / "summary.json", self.path / "fault"):
             stale.unlink(missing_ok=True)
+
+
+def _name_in(holder: str) -> str:
+    """The process and host that the text of a holder's file names."""
+    return visible(holder.partition("\n")[0])

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode
+from ddp_circles.terminal import visible, visible_lines
 
 LOCK_SECONDS = 30.0
 """Longest wait for an earlier copy to end; longer than `ORPHAN_SECONDS`."""
@@ -40,11 +41,11 @@ def main() -> None:
     try:
         _copy(chosen.run_dir, chosen.wandb, chosen.follow)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible_lines(str(error))}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except (Exception, KeyboardInterrupt) as error:
         cause = " ".join([f"{type(error).__name__}:", *str(error).split()]).rstrip(":")
-        print(f"error: {without_secrets(cause)[:300]}", file=sys.stderr)
+        print(f"error: {visible(without_secrets(cause)[:300])}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.records.files import write_atomically
-from ddp_circles.terminal import warn
+from ddp_circles.terminal import visible, warn
 
 Mode = Literal["online", "offline", "disabled"]
 READY_SECONDS = 60.0
@@ -75,7 +75,7 @@ class WandbFollower:
         if where and not self._said_where:
             self._said_where = True
             with contextlib.suppress(OSError):
-                print(where, file=sys.stderr, flush=True)
+                print(visible(where), file=sys.stderr, flush=True)
         if code == 0:
             self._let_go()
         elif code is not None:

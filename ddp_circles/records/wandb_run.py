@@ -14,6 +14,7 @@ import wandb
 
 from ddp_circles.records.metrics_file import Row, parse_rows
 from ddp_circles.records.wandb_follower import FINISHED_SECONDS
+from ddp_circles.terminal import visible
 
 SETTINGS: dict[str, Any] = {
     "silent": True,
@@ -63,7 +64,7 @@ def copy_run(
         settings=wandb.Settings(**{name: SETTINGS[name] for name in SETTINGS if name in wandb.Settings.model_fields}),
     )
     upload = f"wandb sync {shlex.quote(str(Path(run.dir).parent))}"
-    print(f"wandb: {run.url or f'offline; to upload: {upload}'}", flush=True)
+    print(visible(f"wandb: {run.url or f'offline; to upload: {upload}'}"), flush=True)
     for name in ("train/*", "test/*", "plots/*", "seconds", "step"):
         run.define_metric(name, step_metric="epoch")
     last_step = None

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from ddp_circles.job.devices import device_uuid
-from ddp_circles.job.world import World, fingerprint
+from ddp_circles.job.fingerprint import COMPUTATION, cpu_name, fingerprint
+from ddp_circles.job.world import World
 
 Inventory = dict[str, str]
 """One rank's host, device and versions; nothing secret."""
@@ -21,12 +22,11 @@ def take_inventory(world: World, threads: int) -> Inventory:
     device = world.device
     on_cuda = device.type == "cuda"
     marks = fingerprint(device, threads)
-    cpu = _search("/proc/cpuinfo", r"^model name\s*:\s*(.+)$") or platform.machine()
     driver = _search("/proc/driver/nvidia/version", r"Kernel Module.*?\s(\d+\.[\d.]+)") or "unknown"
     return {
         "host": socket.gethostname(),
         "device": str(device),
-        "name": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "name": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
         "uuid": device_uuid(device),
         "driver": driver if on_cuda else "",
         "python": platform.python_version(),
@@ -34,11 +34,14 @@ def take_inventory(world: World, threads: int) -> Inventory:
         "backend": _backend(world.backend),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "mkl_cbwr": marks["mkl_cbwr"],
+        "mkl_enable_instructions": marks["mkl_enable_instructions"],
         "threads": str(threads),
+        COMPUTATION: marks[COMPUTATION],
+        # Without the computation: by it, a broken device would be of a kind of its own, with nothing to compare it to.
         "kind": ", ".join(
-            value if name in ("device", "instruction_set") else f"{name} {value}"
+            value if name in ("device", "cpu", "instruction_set") else f"{name} {value}"
             for name, value in marks.items()
-            if value
+            if value and name != COMPUTATION
         ),
     }
 

@@ -11,9 +11,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ddp_circles.job.ranks import spell_ranks
 from ddp_circles.records.files import write_atomically
+from ddp_circles.terminal import spell_numbers, visible, visible_lines
 from ddp_circles.verify.findings import Finding, failed, merged, worst_first
 from ddp_circles.verify.inventory import Inventory
 
@@ -58,7 +59,8 @@ class Report:
             verdict, style = f"PASSED with {count} warning{'s' * (count > 1)}" if count else "PASSED", "bold green"
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
         self._print(console, findings)
-        console.print(f"\n{verdict}; {seconds:.1f} s; all figures in {self._path}", style=style, markup=False)
+        line = visible(f"{verdict}; {seconds:.1f} s; all figures in {self._path}")
+        console.print(f"\n{line}", style=style, markup=False)
         return 0 if passed else 1
 
     def end_round(self, minutes: float, *, last: bool) -> None:
@@ -79,7 +81,7 @@ class Report:
             print(line, flush=True)
 
     def _print(self, console: Console, findings: Sequence[Finding]) -> None:
-        console.print(f"\nddp_circles.verify: {self._title}", style="bold", markup=False)
+        console.print(f"\nddp_circles.verify: {visible(self._title)}", style="bold", markup=False)
         for name, draw in DRAWINGS.items():
             if name in self.sections:
                 draw(console, self.sections[name])
@@ -88,12 +90,11 @@ class Report:
         for number, finding in enumerate(findings, 1):
             style = {"missing": "bold red", "wrong": "red", "warning": "yellow"}[finding.severity]
             times = f" ({finding.times} times)" if finding.times > 1 else ""
-            console.print(
-                f"{number}. {finding.severity}, {finding.check}{times}: {finding.what}", style=style, markup=False
-            )
+            what = visible_lines(f"{number}. {finding.severity}, {finding.check}{times}: {finding.what}")
+            console.print(what, style=style, markup=False)
             for rank in finding.ranks[:ROWS]:
-                console.print(f"   {self._place(rank)}", markup=False)
-            console.print(f"   next: {finding.advice}", markup=False)
+                console.print(f"   {visible(self._place(rank))}", markup=False)
+            console.print(f"   next: {visible_lines(finding.advice)}", markup=False)
 
     def _place(self, rank: int) -> str:
         inventory: list[Inventory] = self.sections.get("inventory", [])
@@ -113,6 +114,11 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _add_row(table: Table, *cells: str) -> None:
+    """Add `cells` as they are: names from other hosts are no markup, and control no terminal."""
+    table.add_row(*(Text(visible(cell)) for cell in cells))
+
+
 NUMERIC = ("up to bytes", "buffers", "elements", "wrong", "bytes", "µs", "± µs", "algbw GB/s", "busbw GB/s")
 
 
@@ -126,7 +132,7 @@ def _draw_inventory(console: Console, inventory: Sequence[Inventory]) -> None:
         ).append(rank)
     table = _table("Inventory", "ranks", "host", "device", "", "instructions", "threads", "versions")
     for row, ranks in list(alike.items())[:ROWS]:
-        table.add_row(spell_ranks(ranks).partition(" ")[2], *row)
+        _add_row(table, spell_numbers(ranks), *row)
     console.print(table)
     if len(alike) > ROWS:
         console.print(f"and {len(alike) - ROWS} more rows in verify.json")
@@ -165,9 +171,7 @@ def _draw_speed(console: Console, speed: dict[str, Any]) -> None:
 def _draw_oracle(console: Console, oracle: dict[str, Any]) -> None:
     table = _table("Training oracle", "kind of device", "ranks", "alone", "together", "digest")
     for row in oracle["kinds"]:
-        table.add_row(
-            row["kind"], spell_ranks(row["ranks"]).partition(" ")[2], row["alone"], row["together"], row["digest"][:16]
-        )
+        _add_row(table, row["kind"], spell_numbers(row["ranks"]), row["alone"], row["together"], row["digest"][:16])
     console.print(table)
     console.print(oracle["method"])
 

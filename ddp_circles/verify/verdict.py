@@ -9,7 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from ddp_circles.job.fingerprint import COMPUTATION
 from ddp_circles.job.ranks import spell_ranks
+from ddp_circles.terminal import visible
 from ddp_circles.verify.collectives import ADDENDS, MOVING, Case, Wrong
 from ddp_circles.verify.findings import Finding
 from ddp_circles.verify.inventory import Inventory, ranks_by
@@ -41,10 +43,13 @@ def judge_end(reason: str, missing: str) -> Finding:
 def judge_inventory(everyone: Sequence[Inventory]) -> list[Finding]:
     """A warning for each thing that should be the same on all ranks and is not."""
     found = []
-    for name in (name for name in everyone[0] if name not in ("host", "device", "uuid", "kind")):
+    apart = {"host", "device", "uuid", "kind"}
+    if len({one["kind"] for one in everyone}) > 1:
+        apart.add(COMPUTATION)  # unlike kinds compute unlike bits
+    for name in (name for name in everyone[0] if name not in apart):
         values = ranks_by([one[name] for one in everyone])
         if len(values) > 1:
-            listed = "; ".join(f"{value or 'none'} on {spell_ranks(ranks)}" for value, ranks in values.items())
+            listed = "; ".join(f"{visible(value) or 'none'} on {spell_ranks(ranks)}" for value, ranks in values.items())
             smallest = min(len(ranks) for ranks in values.values())
             odd = tuple(sorted(rank for ranks in values.values() if len(ranks) == smallest for rank in ranks))
             odd = odd if 2 * len(odd) < len(everyone) else ()

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ddp_circles import train as command_line
-from ddp_circles.job.loopback import serve_store
+from ddp_circles.job.store import serve_store
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.harness.preload"])

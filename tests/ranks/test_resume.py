@@ -1,11 +1,12 @@
 """Killed anywhere and continued at any size, from whatever checkpoint is good: the bits of a run left alone."""
 
 import hashlib
+import json
 import pickle
 import resource
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,47 @@ def test_without_a_good_checkpoint_nothing_starts_over_by_itself(tmp_path: Path)
         assert (second.code, second.output) == (2, "")
     assert metrics(tmp_path) == rows
     assert not (tmp_path / "checkpoints" / "trap").exists()
+
+
+METRICS_DAMAGE: dict[int, tuple[Callable[[bytes], bytes], str]] = {
+    1: (lambda content: b"", "it lacks epochs (0-1), and other lines may be changed"),
+    2: (lambda content: content.replace(b'"test/loss"', b'"test/lost"', 1), "it lacks epochs (0), and other lines"),
+    3: (lambda content: content.replace(b'"test/accuracy": 0.', b'"test/accuracy": 1.', 1), "a line was changed"),
+}
+
+
+@pytest.mark.parametrize("size", METRICS_DAMAGE)
+def test_metrics_that_were_lost_or_changed_are_said_once(tmp_path: Path, alone: Bits, size: int) -> None:
+    kill_at(17, size, tmp_path, 8)  # the checkpoint after step 16 has two of four epochs behind it
+    file = tmp_path / "metrics.jsonl"
+    change, what = METRICS_DAMAGE[size]
+    damaged = change(file.read_bytes())
+    assert damaged != file.read_bytes()
+    file.write_bytes(damaged)
+    outcomes = run(size, tmp_path, *TINY, *(["--plots"] if size == 1 else []))
+    assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
+    assert outcomes[0].output.count("warning: ") == 1
+    assert f"warning: {file} is not as the run left it: {what}" in outcomes[0].output
+    assert [outcome.output for outcome in outcomes[1:]] == [""] * (size - 1)
+    assert hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest() == alone.model
+    assert [row["epoch"] for row in metrics(tmp_path)][-2:] == [2, 3]
+    outcomes = run(size, tmp_path, *TINY, "--epochs=5")
+    assert "continue after step 28" in outcomes[0].output
+    assert "warning" not in outcomes[0].output
+
+
+def test_a_machine_that_computes_otherwise_is_named_by_what_differs(tmp_path: Path) -> None:
+    kill_at(10, 1, tmp_path, 5)
+    before = newest_state(tmp_path)["fingerprint"]
+    with start(1, tmp_path, *TINY, variables={"MKL_CBWR": "COMPATIBLE"}) as job:
+        (outcome,) = job.wait(60)
+    fingerprint = json.loads((tmp_path / "summary.json").read_text())["fingerprint"]
+    assert fingerprint == before | {"mkl_cbwr": "COMPATIBLE", "computation": fingerprint["computation"]}
+    (warning,) = [line for line in outcome.output.splitlines() if line.startswith("warning: ")]
+    assert "goes on where mkl_cbwr was not set and is COMPATIBLE" in warning
+    assert warning.endswith(": the same bits are not promised")
+    assert "torch was" not in warning
+    assert "threads was" not in warning
 
 
 # ---- a full disk

@@ -36,6 +36,21 @@ def test_every_sbatch_line_says_what_it_is_for(script: Path) -> None:
         assert comment.strip(), line
 
 
+@pytest.mark.parametrize("job_id", ["", "../7", "7 8", "x[$(touch trap)]"])
+def test_a_job_id_that_is_no_number_names_no_folder(job_id: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", PROGRAMS / "supervise.sh", PROJECT, "echo finished > status"],
+        cwd=tmp_path,
+        env=os.environ | {"SLURM_JOB_ID": job_id},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "SLURM_JOB_ID must be a number" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("before", "step", "code", "line", "steps", "requeued"),
     [
@@ -85,7 +100,13 @@ def test_what_the_end_of_a_step_means(
     ],
 )
 def test_the_run_directory_is_the_trainers(arguments: str, expected: str) -> None:
-    words = ["bash", "-c", 'source slurm/supervise.sh; run_directory runs/7 "$@"', "bash", *arguments.split()]
+    words = [
+        "bash",
+        "-c",
+        'SLURM_JOB_ID=7; source slurm/supervise.sh; run_directory runs/7 "$@"',
+        "bash",
+        *arguments.split(),
+    ]
     done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == expected + "\n"
 

@@ -6,7 +6,8 @@ import itertools
 import os
 import pickle
 import signal
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_circles.errors import UserError
+from ddp_circles.errors import RunDirTakenError, UserError
+from ddp_circles.records import checkpoint as checkpoint_module
 from ddp_circles.records import run_dir as run_dir_module
 from ddp_circles.records.checkpoint import KEEP, Checkpoints, decode, encode
 from ddp_circles.records.files import sweep, write_atomically
@@ -266,3 +268,88 @@ def test_clearing_removes_an_earlier_run(tmp_path: Path) -> None:
         run_dir.clear()
     assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.holder", "checkpoints"}
     assert list(run_dir.checkpoints.folder.iterdir()) == []
+
+
+# ---- a folder that is no longer this run's
+
+
+def lose(folder: Path, how: str) -> None:
+    if how == "removed":
+        (folder / ".lock.holder").unlink()
+    else:
+        (folder / ".lock.holder").write_text("process 7 on elsewhere\n0123\n")
+
+
+@pytest.mark.parametrize("how, said", [("removed", "removed"), ("taken", r"taken by another run \(process 7 on elsew")])
+def test_nothing_is_written_once_the_folder_is_anothers(tmp_path: Path, how: str, said: str) -> None:
+    run_dir = RunDir(tmp_path)
+    writes: list[Callable[[], object]] = [
+        lambda: run_dir.set_status("failed"),
+        lambda: run_dir.write("config.toml", "lr = 1"),
+        lambda: run_dir.write_model({"weight": torch.ones(1)}),
+        lambda: run_dir.checkpoints.save(STATE, 5),
+        run_dir.clear,
+    ]
+    with ExitStack() as at_end:
+        run_dir.open(at_end)
+        for step in range(1, 5):
+            run_dir.checkpoints.save(STATE, step)
+        lose(tmp_path, how)
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for write in writes:
+            with pytest.raises(RunDirTakenError, match=f"--run-dir {tmp_path} was {said}"):
+                write()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_lost_while_a_checkpoint_is_written_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+    with ExitStack() as at_end:
+        run_dir.open(at_end)
+        for step in range(1, KEEP + 1):
+            run_dir.checkpoints.save(STATE, step)
+
+        def write_and_lose(path: Path, content: bytes) -> None:
+            write_atomically(path, content)
+            lose(tmp_path, "taken")
+
+        monkeypatch.setattr(checkpoint_module, "write_atomically", write_and_lose)
+        with pytest.raises(RunDirTakenError):
+            run_dir.checkpoints.save(STATE, KEEP + 1)
+    assert len(run_dir.checkpoints.files()) == KEEP + 1  # nothing was pruned
+
+
+def test_a_new_start_in_the_same_process_takes_the_folder(tmp_path: Path) -> None:
+    first, second = RunDir(tmp_path), RunDir(tmp_path)
+    with ExitStack() as at_end:
+        first.open(at_end)
+        first.check()
+    with ExitStack() as at_end:
+        second.open(at_end)
+        second.check()
+        with pytest.raises(RunDirTakenError, match="taken by another run"):
+            first.check()
+
+
+@pytest.mark.parametrize("name", [".lock", ".lock.holder", "status", "config.toml", "model.safetensors"])
+def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    run_dir = RunDir(tmp_path / "run")
+    with ExitStack() as at_end, suppress(UserError):
+        run_dir.open(at_end)
+        run_dir.set_status("running")
+        run_dir.write("config.toml", "lr = 1")
+        run_dir.write_model({"weight": torch.ones(1)})
+        assert not (tmp_path / "run" / name).is_symlink()
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["status", ".lock.holder"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with ExitStack() as at_end, suppress(UserError):
+        RunDir(tmp_path).open(at_end)

@@ -40,8 +40,10 @@ def test_metrics_follow_the_loss_and_there_may_be_no_accuracy(capsys: pytest.Cap
         console.log(figures)
         console.close()
     assert capsys.readouterr().out.splitlines() == [
-        ("Epoch: 0 | Loss: 0.33333, Acc: 53.37%, MAE: 0.00000 | "
-        "Test loss: 0.30000, Test acc: 48.50%, Test MAE: 1234.50000"),
+        (
+            "Epoch: 0 | Loss: 0.33333, Acc: 53.37%, MAE: 0.00000 | "
+            "Test loss: 0.30000, Test acc: 48.50%, Test MAE: 1234.50000"
+        ),
         "Epoch: 0 | Loss: 0.33333, MAE: 0.00000 | Test loss: 0.30000, Test MAE: 1234.50000",
         "Epoch: 0 | Loss: 0.33333 | Test loss: 0.30000",
     ]

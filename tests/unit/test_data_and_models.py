@@ -1,10 +1,12 @@
 """Points and models are the tutorial's, bit for bit; logits become probabilities and labels as in the tutorial."""
 
+import hashlib
 import json
 import math
 import os
 import re
 import resource
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.datasets import make_blobs, make_circles, make_moons
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ddp_circles import Config, data, fit, points
+from ddp_circles import Config, data, fit, points, run
 from ddp_circles.data import Split, make_points
 from ddp_circles.errors import UserError
 from ddp_circles.models import Classifier, class_count, correct_count, labels_of, loss_sum, probabilities_of
@@ -149,6 +152,102 @@ def test_a_set_that_cannot_be_stored_is_the_users_to_put_right(small_cache: Path
     (small_cache / f"ddp_circles-{os.getuid()}").touch()  # where the cache's folder should be
     with pytest.raises(UserError, match=r"^--n-samples 1000: .* cannot be written .* set TMPDIR "):
         make_points("circles", **CIRCLES)  # type: ignore[arg-type]
+
+
+def cache_of(folder: Path) -> Path:
+    return folder / f"ddp_circles-{os.geteuid()}"
+
+
+@pytest.mark.parametrize("planted", ["another's", "open to the group", "open to all", "a link"])
+def test_a_cache_that_others_can_write_to_is_refused(
+    small_cache: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    cache = cache_of(small_cache)
+    make_points("circles", **CIRCLES)  # type: ignore[arg-type]
+    if planted == "another's":
+        original = Path.lstat
+
+        def lstat(path: Path) -> os.stat_result:
+            found = list(original(path))
+            found[stat.ST_UID] += path == cache
+            return os.stat_result(found)
+
+        monkeypatch.setattr(Path, "lstat", lstat)
+    elif planted == "a link":
+        cache.rename(small_cache / "elsewhere")
+        cache.symlink_to(small_cache / "elsewhere")
+    else:
+        cache.chmod(0o720 if planted == "open to the group" else 0o702)
+    with pytest.raises(UserError, match=rf"^{cache} is not a folder that belongs to you .* TMPDIR "):
+        make_points("circles", **CIRCLES)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("planted", ["fewer points", "other types", "other names", "a link", "open to all", "a pipe"])
+def test_a_stored_set_that_is_not_the_one_asked_for_is_made_again(small_cache: Path, planted: str) -> None:
+    fresh = points.generate("circles", **CIRCLES)  # type: ignore[arg-type]
+    make_points("circles", **CIRCLES)  # type: ignore[arg-type]
+    [file] = small_cache.glob("*/*.safetensors")
+    stored = dict(zip(data.CACHED_PARTS, parts(fresh), strict=True))
+    if planted == "fewer points":
+        stored = {name: part[:1] for name, part in stored.items()}
+    elif planted == "other types":
+        stored["train_targets"] = stored["train_targets"].double()
+    elif planted == "other names":
+        stored["more"] = stored.pop("test_targets")
+    save_file(stored, file)
+    file.with_suffix(".sha256").write_bytes(hashlib.sha256(file.read_bytes()).digest())
+    if planted == "a link":
+        file.rename(small_cache / "elsewhere")
+        file.symlink_to(small_cache / "elsewhere")
+    elif planted == "open to all":
+        file.chmod(0o666)
+    elif planted == "a pipe":
+        file.unlink()
+        os.mkfifo(file)
+    assert same(make_points("circles", **CIRCLES), fresh)  # type: ignore[arg-type]
+    assert file.is_file()
+    assert not file.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("dataset", ["circles", "moons", "blobs"])
+@pytest.mark.parametrize("n_samples, test_fraction", [(2, 0.5), (613, 0.23), (1000, 0.2), (997, 0.01)])
+def test_what_is_stored_is_what_was_asked_for(
+    small_cache: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, n_samples: int, test_fraction: float
+) -> None:
+    asked = CIRCLES | {"n_samples": n_samples, "test_fraction": test_fraction}
+    umask = os.umask(0o002)  # as in many places, where a user's own group is no danger
+    try:
+        fresh = make_points(dataset, **asked)  # type: ignore[arg-type]
+    finally:
+        os.umask(umask)
+    monkeypatch.setattr(points, "generate", None)
+    assert same(make_points(dataset, **asked), fresh)  # type: ignore[arg-type]
+
+
+def fit_on_two_nodes(folder: Path, odd_rank: int | None) -> str:
+    """Train with a cache for each rank, as on a node of its own; `odd_rank` makes other points."""
+    rank = int(os.environ["RANK"])
+    run.CACHED_FROM = data.CACHED_FROM = 1  # type: ignore[attr-defined]
+    tempfile.tempdir = str(folder / str(rank))
+    Path(tempfile.tempdir).mkdir()
+    if rank == odd_rank:
+        generate = points.generate
+        setattr(points, "generate", lambda **asked: generate(**(asked | {"noise": 0.5})))  # noqa: B010 - as above
+    try:
+        fit(Config(run_dir=folder / "run", epochs=1, wandb="disabled", plots=False))
+    except UserError as refused:
+        return str(refused)
+    return ""
+
+
+@pytest.mark.parametrize("size, odd_rank", [(1, None), (2, None), (2, 1), (3, 2), (3, 0)])
+def test_nodes_with_other_points_do_not_train(tmp_path: Path, size: int, odd_rank: int | None) -> None:
+    refusals = run_ranks(fit_on_two_nodes, size, tmp_path, odd_rank)
+    assert len(set(refusals)) == 1
+    named = {None: r"", 0: r"rank 1 \(host .*", 1: r"rank 1 \(host .*", 2: r"rank 2 \(host .*"}[odd_rank]
+    told = r"has made other points than rank 0 \(host .* the nodes need the same versions of scikit-learn.*"
+    assert re.fullmatch(named + (told if named else ""), refusals[0])
 
 
 TOO_MUCH_MEMORY = r"^--n-samples 1000 needs more memory than there is \(.+\): use fewer$"

@@ -1,6 +1,7 @@
 """Heartbeats, who is missing, and how a process ends, without a training around them."""
 
 import functools
+import json
 import os
 import re
 import signal
@@ -53,6 +54,19 @@ def test_who_gave_no_word_is_named_with_place_and_age(store: Store, monkeypatch:
     assert first._name_missing() == second._name_missing()
     where = "last seen in evaluate, epoch 4, step 417, 61 s ago"
     assert first._name_missing() == f"rank 2 (host {socket.gethostname()}) {where}"
+
+
+def test_texts_of_other_ranks_are_one_visible_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "WITNESS_SECONDS", 0.2)
+    first, second, _third = watches(store, 3)
+    beat = {"name": "rank 2\n\x1b[31m", "where": "\u202etrain", "since": time.time(), "count": 1}
+    store.set("beat/2", json.dumps(beat))
+    store.set("end/2", "raised\x07")
+    first._report_end(WAITED)
+    assert second._name_missing() == r"rank 2\n\x1b[31m raised\x07, last seen in \u202etrain, 0 s ago"
+    store.set("failed", "0")
+    store.set("verdict", b"\xff\x9b\r\n".decode("latin-1"))
+    assert second._exchange() == r"the job has failed: ÿ\x9b\r\n"
 
 
 def test_who_raised_is_to_blame_and_not_who_is_silent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

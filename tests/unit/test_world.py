@@ -14,10 +14,8 @@ import torch.distributed as dist
 from ddp_circles.errors import UserError
 from ddp_circles.job import world as world_module
 from ddp_circles.job.ranks import Ranks, read_ranks
-from ddp_circles.job.world import fingerprint, is_lost_peer, open_world, pin_threads
+from ddp_circles.job.world import is_lost_peer, open_world, pin_threads
 from tests.harness.ranks import Job, free_port, run_ranks
-
-CPU = torch.device("cpu")
 
 TORCHRUN = {
     "RANK": "5",
@@ -412,12 +410,3 @@ def test_a_lost_peer_is_distinguished_from_other_errors() -> None:
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost_peer(ValueError("Gloo"))
     assert not is_lost_peer(BrokenPipeError())
-
-
-def test_the_fingerprint_holds_what_the_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MKL_CBWR", raising=False)
-    marks = fingerprint(CPU, 3)
-    assert (marks["torch"], marks["device"], marks["threads"]) == (torch.__version__, "cpu", "3")
-    assert marks["instruction_set"] == torch.backends.cpu.get_cpu_capability()
-    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    assert fingerprint(CPU, 3) != marks
