@@ -84,7 +84,7 @@ class ExactReducer:
         self._most_waiting = max(1, min(owned, WAITING_ELEMENTS // self._size)) * len(self._named)
         self._integers: Tensor | None = None
         self._peaks: list[Tensor] = []
-        self._limit = torch.tensor([largest_term(micro_batches, GRADIENT_BITS)])
+        self._limit = torch.tensor([largest_term(micro_batches, GRADIENT_BITS)], device=device)
         self._tally = tally
         self._stop_requested = stop_requested
         self._bad, *self._flags = torch.tensor([[0], [0], [1]], device=device).unbind()

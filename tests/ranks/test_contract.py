@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -456,6 +457,18 @@ def test_a_metric_is_copied_to_wandb(tmp_path: Path) -> None:
 def train_with_metrics(run_dir: Path, names: tuple[str, ...], fault: str | None) -> None:
     config = quietly(run_dir=run_dir, epochs=3, checkpoint_steps=1, fault=fault)
     fit(config, model=Layers(), data=data(), metrics={name: OWN[name] for name in names})
+
+
+def train_with_metrics_of(names: dict[int, tuple[str, ...]], run_dir: Path) -> None:
+    train_with_metrics(run_dir, names[int(os.environ["RANK"])], None)
+
+
+def test_metrics_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
+    with Job(train_with_metrics_of, 2, {0: ("mae", "hits"), 1: ("hits", "mae")}, tmp_path) as job:
+        outcomes = job.wait(60)
+    for outcome in outcomes:
+        assert "UserError: rank 1 was given other metrics than rank 0" in outcome.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metrics_survive_a_fault_in_mid_epoch(tmp_path: Path) -> None:
