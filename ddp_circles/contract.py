@@ -284,8 +284,9 @@ def _call(what: str, function: Metric, logits: Tensor, targets: Tensor) -> Tenso
         value = function(*(given := (logits.clone(), targets.clone())))
     if not (_same(given[0], logits) and _same(given[1], targets)):
         raise UserError(f"{what} changes logits or targets in place, which are needed again: let it work on copies")
-    if not isinstance(value, Tensor) or value.ndim:
-        raise UserError(f"{what} must return the SUM over the samples, a scalar tensor, got {_kind(value)}")
+    if not isinstance(value, Tensor) or value.ndim or value.is_complex() or value.device != logits.device:
+        kind = f"{_kind(value)}{f' on {value.device}' if isinstance(value, Tensor) else ''}"
+        raise UserError(f"{what} must return the SUM over the samples, a scalar tensor beside the logits, got {kind}")
     if not value.isfinite() or (len(logits) == 0 and value != 0):
         raise UserError(
             f"{what} returned {value.item():g} for {len(logits)} samples before the first step: it must return their "
