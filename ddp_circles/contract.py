@@ -377,7 +377,7 @@ def _check_repeatable(model: nn.Module, before: "_Snapshot", inputs: Tensor, log
             f"--reduction exact cannot train a model whose forward pass changes a buffer ({', '.join(changed)}): its "
             "value would depend on the rank. Leave it out, or use --reduction fast"
         )
-    if not torch.equal(_run(model, inputs, "the same inputs"), logits):
+    if not _same(_run(model, inputs, "the same inputs"), logits):
         raise UserError(
             "--reduction exact cannot train a model that gives two results for the same samples: its result would "
             "depend on the rank. Leave out what changes from call to call, or use --reduction fast"

@@ -30,7 +30,7 @@ CACHE_WAIT_SECONDS = 3600.0
 class Dataset(NamedTuple):
     """Samples and their targets.
 
-    `inputs`: shape [n, ...]. `targets`: shape [n], float32 zeros and ones for two classes, int64 class numbers for more;
+    `inputs`: shape [n, ...]. `targets`: shape [n], float32 zeros and ones for two classes, int64 numbers for more;
     shape [n, ...] for a loss of the caller's own.
     """
 

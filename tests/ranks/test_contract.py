@@ -195,6 +195,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "broken loss": (lambda: {"loss": lambda a, b: (a - b[:, 1]).sum()}, "loss= failed on logits of shape.*IndexError"),
     "infinite": (lambda: {"loss": lambda a, b: (a - b).sum() / 0}, "loss= returned"),
+    "nan logits": (lambda: {"model": Layers(last=lambda z: z.squeeze(1) * math.nan)}, "loss= returned nan"),
     "steep": (lambda: {"loss": lambda a, b: (a - a).sqrt().sum() + b.sum()}, r"gradient of layers\.0\.weight is not"),
     "prices": (
         lambda: {"data": data(targets=1e5 + INPUTS.sum(1) * 1e5), "loss": squares},
