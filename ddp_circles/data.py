@@ -30,8 +30,8 @@ CACHE_WAIT_SECONDS = 3600.0
 class Dataset(NamedTuple):
     """Samples and their targets.
 
-    `inputs`: float32 of shape [n, features]. `targets`: shape [n]; float32 zeros and ones for two classes, int64 class
-    numbers for more.
+    `inputs`: shape [n, ...]. `targets`: shape [n], float32 zeros and ones for two classes, int64 numbers for more;
+    shape [n, ...] for a loss of the caller's own.
     """
 
     inputs: Tensor
@@ -47,6 +47,10 @@ class Split(NamedTuple):
 
     train: Dataset
     test: Dataset
+
+    def to(self, device: torch.device) -> "Split":
+        """Copy to `device`; samples already there are shared."""
+        return Split(self.train.to(device), self.test.to(device))
 
     def digest(self) -> str:
         """Compute the SHA-256 of all samples, in hexadecimal; the same on any device."""

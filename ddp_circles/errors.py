@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class OutOfRangeError(ArithmeticError):
-    """A gradient or a loss that is not finite, or too large for the exact sums; raised on all ranks alike."""
+    """A gradient, loss or metric that is not finite, or too large for the exact sums; raised on all ranks alike."""
 
 
 class RunDirTakenError(Exception):

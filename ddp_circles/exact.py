@@ -12,8 +12,8 @@ Range: 2^62 / V units for each of V micro-batches, 32768 at V = 8. A value outsi
 travels with the sum, so that all ranks raise the same error at the same step instead of wrapping round.
 
 Cost: eight bytes instead of four for each gradient on the wire, a few element-wise operations for each micro-batch, and
-V small backward passes instead of one large one. Loss, right answers, the range guard and the stop flag ride in the
-same collective.
+V small backward passes instead of one large one. Loss, accuracy, metrics, the range guard and the stop flag ride in
+the same collective.
 """
 
 # DistributedDataParallel compares the annotation objects of its hook: no postponed annotations in this module.
@@ -31,11 +31,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.futures import Future
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_circles.errors import UserError
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
 from ddp_circles.job.watch import waiting
 from ddp_circles.metrics import LocalTally
@@ -43,7 +40,7 @@ from ddp_circles.metrics import LocalTally
 WAITING_ELEMENTS = 2**22
 """Most gradient elements that wait to be rounded together; those of one micro-batch always may."""
 LOSS_SCALE = torch.tensor(2.0 ** (LOSS_BITS - GRADIENT_BITS))
-"""Turns loss units into gradient units, so that both are rounded and range-checked together."""
+"""Turns units of losses and metrics into those of gradients, so that all are rounded and range-checked together."""
 
 
 def be_deterministic() -> None:
@@ -54,39 +51,6 @@ def be_deterministic() -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse, with a `UserError`, a model whose result depends on the rank or on how its batches are cut."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) or (isinstance(module, _NormBase) and module.track_running_stats):
-            why = "its result depends on the composition of each micro-batch: use GroupNorm or LayerNorm"
-        elif isinstance(module, nn.RReLU) or _dropout_of(module) > 0:
-            why = "its random numbers depend on the rank: leave it out"
-        else:
-            continue
-        raise UserError(
-            f"--reduction exact cannot train {name or 'the model'} ({type(module).__name__}): {why}, "
-            "or use --reduction fast"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise UserError(
-                f"--reduction exact trains float32 parameters; {name} is {parameter.dtype}: use --reduction fast"
-            )
-        if not parameter.is_contiguous():
-            raise UserError(
-                f"--reduction exact trains parameters that lie in memory row by row; {name} has strides "
-                f"{parameter.stride()}: make it contiguous(), or use --reduction fast"
-            )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("the model has no parameter that requires a gradient: there is nothing to train")
-
-
-def _dropout_of(module: nn.Module) -> float:
-    """The dropout probability of `module` itself: a dropout layer's, or that inside attention or recurrent layers."""
-    share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
-    return share if isinstance(share, (int, float)) else 0.0
 
 
 Pass = tuple[nn.Module, AbstractContextManager[object]]
@@ -120,11 +84,11 @@ class ExactReducer:
         self._most_waiting = max(1, min(owned, WAITING_ELEMENTS // self._size)) * len(self._named)
         self._integers: Tensor | None = None
         self._peaks: list[Tensor] = []
-        self._limit = torch.tensor(largest_term(micro_batches, GRADIENT_BITS))
+        self._limit = torch.tensor([largest_term(micro_batches, GRADIENT_BITS)], device=device)
         self._tally = tally
         self._stop_requested = stop_requested
-        self._bad, *self._flags = torch.tensor([0, 0, 1], device=device).unbind()
-        self._sums = torch.zeros(4, dtype=torch.int64, device=device)
+        self._bad, *self._flags = torch.tensor([[0], [0], [1]], device=device).unbind()
+        self._sums = torch.zeros(len(tally.names) + 2, dtype=torch.int64, device=device)
         self._reduced = False
         if replica is bare:
             self._own = torch.zeros(self._size, device=device)
@@ -145,7 +109,7 @@ class ExactReducer:
         return 1.0 / samples
 
     def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the arguments of `FastReducer.agreed`
-        """Loss units, right answers, values out of range and stop requests of all ranks in the last step; int64 [4]."""
+        """Units by name, values out of range and stop requests of all ranks in the last step; int64."""
         return self._sums
 
     def accumulate(self) -> None:
@@ -172,14 +136,14 @@ class ExactReducer:
     def deliver_own(self) -> None:
         """End a step's last backward pass at world one: the rank's integers are the sum."""
         self.accumulate()
-        losses, correct = self._tally.take_apart()
-        loss_units = self._add_waiting(losses * LOSS_SCALE)
+        values, accuracy = self._tally.take_apart()
+        units = self._add_waiting(values * LOSS_SCALE)
         assert self._integers is not None
         dequantize(self._integers, GRADIENT_BITS, out=self._own)
         self._integers = None
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        self._sums = self._metrics(loss_units, correct)
+        self._sums = self._metrics(units, accuracy)
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum one DDP bucket over all ranks: the last micro-batch's gradients plus those accumulated before.
@@ -201,11 +165,11 @@ class ExactReducer:
         Raises if the all-reduce fails.
         """
         size = buffer.numel()
-        losses, correct = self._tally.take_apart()
-        rounded = self._rounded([buffer, losses * LOSS_SCALE])
+        values, accuracy = self._tally.take_apart()
+        rounded = self._rounded([buffer, values * LOSS_SCALE])
         integers = rounded[:size]
         self._add_accumulated(integers, bucket)
-        total = torch.cat([integers, self._metrics(rounded[size:], correct)])
+        total = torch.cat([integers, self._metrics(rounded[size:], accuracy)])
         # Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
         # than the sum of a small model.
         with waiting:
@@ -243,12 +207,12 @@ class ExactReducer:
         self._peaks.append(torch.linalg.vector_norm(row, torch.inf))
         return quantize(row, GRADIENT_BITS)
 
-    def _metrics(self, loss_units: Tensor, correct: Tensor) -> Tensor:
-        """The integers that ride with the last bucket: loss units, right answers, out-of-range flag, stop flag."""
+    def _metrics(self, units: Tensor, accuracy: Tensor) -> Tensor:
+        """The integers that ride with the last bucket: units by name, out-of-range flag, stop flag."""
         peaks, self._peaks = self._peaks, []
         peak = peaks[0] if len(peaks) == 1 else torch.stack(peaks).max()  # NaN counts as the largest
         bad = torch.logical_not(peak < self._limit, out=self._bad)
-        return torch.stack([loss_units.sum(), correct, bad, self._flags[self._stop_requested()]])
+        return torch.cat([units.view(-1, self._tally.width).sum(0), accuracy, bad, self._flags[self._stop_requested()]])
 
 
 def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:

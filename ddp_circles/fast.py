@@ -46,14 +46,14 @@ class FastReducer:
         return self.micro_batches / samples
 
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
-        """Loss units, right answers, values out of range and stop requests of all ranks since the last agreement.
+        """Units by name, values out of range and stop requests of all ranks since the last agreement.
 
-        int64 of shape [4], or None after a step at which the ranks do not agree. `last`: the epoch's last step.
+        None after a step at which the ranks do not agree. `last`: the epoch's last step.
         """
         if not last and (step + 1) % AGREES_EVERY:
             return None
         sums = self._tally.take(self.micro_batches * AGREES_EVERY)
         # An earlier step's NaN shows in the losses by now; this step's update may be about to be saved.
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        sums[2] += torch.stack([gradient.isfinite().all() for gradient in gradients]).logical_not().sum()
+        sums[-1] += torch.stack([gradient.isfinite().all() for gradient in gradients]).logical_not().sum()
         return self._world.sum(torch.cat([sums, self._flag[int(self._stop_requested())]]))

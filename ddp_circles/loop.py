@@ -6,13 +6,14 @@ for each epoch:
         for each micro-batch of this rank:
             forward pass, loss, backward
         step the optimizer
-        agree on loss, accuracy and stop requests
+        agree on loss, metrics and stop requests
     evaluate on the test set
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -125,7 +126,7 @@ def train_epoch(training: Training, progress: Progress) -> None:
 
 @torch.inference_mode()
 def evaluate(training: Training, progress: Progress, sharding: Sharding, shares: dict[int, Dataset]) -> Tally:
-    """Sum loss and accuracy over the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
+    """Sum the figures over the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
     model, tally, total = training.model, training.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
     reader = SumsReader(delay=0, seconds=training.world.patience, waiting=waiting)
@@ -138,7 +139,7 @@ def evaluate(training: Training, progress: Progress, sharding: Sharding, shares:
         local = torch.cat([tally.take(sharding.micro_batches), stop_flag.fill_(training.events.stop_requested())])
         reader.post(step, sharding.seen(step + 1), training.world.sum(local))
         (sums,) = reader.read()
-        _add(total, sums, f"in the evaluation after epoch {progress.epoch}")
+        _add(tally, total, sums, f"in the evaluation after epoch {progress.epoch}")
         if sums.stop_requests:
             training.events.save(progress)
             raise StopRequestedError
@@ -162,11 +163,11 @@ def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
         reader.post(step.number, sharding.seen(progress.step), sums)
         stop = False
         for due in reader.read(everything=last):
-            _add(progress.train, due, f"in step {due.step}")
+            _add(training.tally, progress.train, due, f"in step {due.step}")
             stop = stop or due.stop_requests > 0
         # On CUDA some sums are read late. They are waited for only here, since a diverged step must not be saved.
         if (stop or training.events.save_due(step.number + 1)) and not any(late.out_of_range for late in reader.peek()):
-            training.events.save(_settled(progress, reader))
+            training.events.save(_settled(training.tally, progress, reader))
         if stop:
             raise StopRequestedError
 
@@ -203,20 +204,21 @@ def _slice(samples: Dataset, bounds: tuple[int, int]) -> Dataset:
     return Dataset(samples.inputs[start:stop], samples.targets[start:stop])
 
 
-def _settled(progress: Progress, reader: SumsReader) -> Progress:
+def _settled(local: LocalTally, progress: Progress, reader: SumsReader) -> Progress:
     """`progress` plus the sums that are not read yet, as a checkpoint must hold it."""
-    settled = replace(progress, train=replace(progress.train))
+    settled = deepcopy(progress)
     for pending in reader.peek():
-        _add(settled.train, pending, f"in step {pending.step}")
+        _add(local, settled.train, pending, f"in step {pending.step}")
     return settled
 
 
-def _add(tally: Tally, sums: Sums, where: str) -> None:
+def _add(local: LocalTally, total: Tally, sums: Sums, where: str) -> None:
     if sums.out_of_range:
+        beyond = ", or beyond the range of the exact sums" if local.exact else ""
         raise OutOfRangeError(
-            f"{where}, gradients or losses were not finite or too large for the exact sums: "
-            "the training diverged; try a smaller --lr"
+            f"{where}, gradients, losses or metrics were not finite{beyond}: the training diverged (try a smaller "
+            "--lr), or inputs or targets are too large (scale them)"
         )
-    tally.loss_units += sums.loss_units
-    tally.correct += sums.correct
-    tally.count = sums.seen
+    for name, units in zip(local.names, sums.units, strict=True):
+        total.units[name] = total.units.get(name, 0) + units
+    total.count = sums.seen

@@ -1,7 +1,8 @@
-"""Loss and accuracy as integer sums: equal to the last digit at any number of ranks."""
+"""Loss, accuracy and metrics as integer sums: equal to the last digit at any number of ranks."""
 
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,27 +13,24 @@ from torch import Tensor
 from ddp_circles.fixed_point import LOSS_BITS, largest_term, quantize
 from ddp_circles.models import correct_count
 
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""Logits and targets to the SUM over the samples, a scalar."""
 POLL_SECONDS = 2e-5
 """Time between two checks for a sum from the device; far below the time of a step."""
 
 
 @dataclass
 class Tally:
-    """Sums over all ranks: loss in units of 2^-24, right answers, samples. Plain integers, without limit."""
+    """Sums over all ranks: loss, accuracy and metrics by name, in units of 2^-24. Plain integers, without limit."""
 
-    loss_units: int = 0
-    correct: int = 0
+    units: dict[str, int] = field(default_factory=dict)
     count: int = 0
+    """Samples."""
 
     @property
-    def loss(self) -> float:
-        """Mean loss per sample."""
-        return self.loss_units / 2.0**LOSS_BITS / self.count
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers, 0 to 1."""
-        return self.correct / self.count
+    def means(self) -> dict[str, float]:
+        """Means per sample, by name; of right answers the share, 0 to 1."""
+        return {name: units / 2.0**LOSS_BITS / self.count for name, units in self.units.items()}
 
 
 @dataclass
@@ -45,42 +43,70 @@ class Progress:
 
 
 class LocalTally:
-    """Losses and right answers of one rank's micro-batches since they were last taken."""
+    """Losses, metrics and right answers of one rank's micro-batches since they were last taken.
 
-    def __init__(self, device: torch.device) -> None:
-        self._nothing = torch.zeros(3, dtype=torch.int64, device=device)
-        self._losses: list[Tensor] = []
+    `accuracy`: count right answers. `exact`: sum integers, and take values out of range for a fault; otherwise the sums
+    are those of integers only below 5e8, and larger ones are rounded.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+        accuracy: bool = True,
+        exact: bool = True,
+    ) -> None:
+        self.exact = exact
+        self._metrics = list((metrics or {}).values())
+        self._accuracy = accuracy
+        self.names = ["loss", *(metrics or {}), *["accuracy"][:accuracy]]
+        """The names of the units in `take`."""
+        self.width = 1 + len(self._metrics)
+        """Values that `take_apart` returns for each micro-batch."""
+        self._nothing = torch.zeros(len(self.names) + 1, dtype=torch.int64, device=device)
+        self._values: list[Tensor] = []
         self._logits: list[Tensor] = []
         self._targets: list[Tensor] = []
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Remember one micro-batch: its summed loss (scalar), logits and targets."""
-        self._losses.append(loss.detach())
-        self._logits.append(logits.detach())
-        self._targets.append(targets)
+        self._values.append(loss.detach())
+        logits = logits.detach()
+        for metric in self._metrics:
+            self._values.append(metric(logits, targets))
+        if self._accuracy:
+            self._logits.append(logits)
+            self._targets.append(targets)
 
     def take_apart(self) -> tuple[Tensor, Tensor]:
-        """Each micro-batch's summed loss, float32 of shape [micro-batches], and right answers, an int64 scalar.
+        """Each micro-batch's summed loss and metrics, float32 of shape [micro-batches * width]; units of accuracy.
 
-        Since the last call; raises if nothing was added.
+        Since the last call; raises if nothing was added. The units: int64 of shape [1], or [0] without accuracy.
         """
-        losses, logits, targets = torch.stack(self._losses), _joined(self._logits), _joined(self._targets)
-        self._losses.clear()
+        values, units = torch.stack(self._values).float(), self._nothing[:0]
+        if self._accuracy:
+            units = correct_count(_joined(self._logits), _joined(self._targets)).mul(2**LOSS_BITS).view(1)
+        self._values.clear()
         self._logits.clear()
         self._targets.clear()
-        return losses, correct_count(logits, targets)
+        return values, units
 
     def take(self, terms: int) -> Tensor:
-        """Loss units, right answers and micro-batches out of range since the last call; int64 of shape [3].
+        """Units, by the order of `names`, and values out of range since the last call; int64, or float64 if not exact.
 
-        Each micro-batch's loss is rounded by itself, so the sum does not depend on which rank ran it. `terms`: the
-        most such losses that are added up, over all ranks, before they are read.
+        Each micro-batch's values are rounded by themselves, so the sum does not depend on which rank ran it. `terms`:
+        the most such values of one name that are added up, over all ranks, before they are read.
         """
-        if not self._losses:
+        if not self._values:
             return self._nothing.clone()
-        losses, correct = self.take_apart()
-        bad = (losses.abs() < largest_term(terms, LOSS_BITS)).logical_not_().sum()
-        return torch.stack([quantize(losses, LOSS_BITS).sum(), correct, bad])
+        values, accuracy = self.take_apart()
+        if self.exact:
+            good, units = values.abs() < largest_term(terms, LOSS_BITS), quantize(values, LOSS_BITS)
+        else:
+            good, units = values.isfinite(), values.double().nan_to_num_(0, 0, 0).mul_(2.0**LOSS_BITS).round_()
+        bad = good.logical_not_().sum().view(1)
+        return torch.cat([units.view(-1, self.width).sum(0), accuracy, bad])
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
@@ -94,8 +120,8 @@ class Sums(NamedTuple):
     """The global step after which they agreed."""
     seen: int
     """Samples of the epoch seen by then."""
-    loss_units: int
-    correct: int
+    units: list[int]
+    """In units of 2^-24, by the order of `LocalTally.names`."""
     out_of_range: int
     stop_requests: int
 
@@ -115,7 +141,7 @@ class SumsReader:
         self._pending: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()
 
     def post(self, step: int, seen: int, sums: Tensor) -> None:
-        """Take the integers of one agreement: loss units, right answers, out of range, stop requests; int64 [4]."""
+        """Take the whole numbers of one agreement: units by name, values out of range, stop requests."""
         event = None
         if sums.is_cuda:
             sums = sums.to("cpu", non_blocking=True)
@@ -136,7 +162,8 @@ class SumsReader:
         if event is not None:
             with self._waiting:
                 self._wait(event)
-        return Sums(step, seen, *sums.tolist())
+        *units, out_of_range, stop_requests = map(int, sums.tolist())
+        return Sums(step, seen, units, out_of_range, stop_requests)
 
     def _wait(self, event: torch.cuda.Event) -> None:
         deadline = time.monotonic() + self._seconds

@@ -3,11 +3,8 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ddp_circles.errors import UserError
 
 BLOB_CENTRES = 4
 
@@ -43,22 +40,10 @@ def class_count(dataset: str) -> int:
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum the loss of raw logits: binary cross-entropy for [n], cross-entropy for [n, classes]; a float32 scalar.
-
-    Raises `UserError` for targets that are not float32 [n] for the first, int64 [n] for the second.
-    """
-    try:
-        if logits.ndim == 1:
-            return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-        return F.cross_entropy(logits, targets, reduction="sum")
-    except (RuntimeError, ValueError):
-        if targets.dtype == (torch.float32 if logits.ndim == 1 else torch.int64) and targets.shape == logits.shape[:1]:
-            raise
-        raise UserError(
-            f"logits of shape {list(logits.shape)} do not go with targets of shape {list(targets.shape)}, "
-            f"{targets.dtype}: for two classes give logits [n] and float32 targets of 0 and 1, for more logits "
-            "[n, classes] and int64 class numbers; or pass fit a loss of your own"
-        ) from None
+    """Sum the loss of raw logits: binary cross-entropy for [n], cross-entropy for [n, classes]; a float32 scalar."""
+    if logits.ndim == 1:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 def probabilities_of(logits: Tensor) -> Tensor:

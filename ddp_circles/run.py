@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +17,17 @@ from torch.optim import Optimizer
 
 from ddp_circles import loop
 from ddp_circles.config import Config
+from ddp_circles.contract import check_data, check_metrics, check_model, check_training
 from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
 from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
-from ddp_circles.exact import ExactReducer, be_deterministic, check_model
+from ddp_circles.exact import ExactReducer, be_deterministic
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.faults import Fault, Rehearsal
 from ddp_circles.job.ranks import continuing_command, read_ranks
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import WAITED, Watch
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
-from ddp_circles.metrics import LocalTally, Progress
+from ddp_circles.metrics import LocalTally, Metric, Progress
 from ddp_circles.models import Classifier, class_count, loss_sum
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
@@ -55,14 +56,16 @@ def fit(
     model: nn.Module | None = None,
     data: Split | None = None,
     loss: loop.LossFunction | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> Result:
     """Train as `config` says, on all ranks of the job this process belongs to; every rank must pass the same.
 
-    `model`: a float32 module from inputs [n, ...] to logits [n] or [n, classes]; default: the configuration's
-    classifier. `data`: samples to train on and to test on; default: the configuration's points. `loss`: the SUM over
-    samples of the loss of logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for
-    [n, classes]. Raises `UserError` for what the user can put right, and `SystemExit` after a stop request, with the
-    exit code of the contract, and when another rank is lost.
+    `model`: a float32 module from inputs [n, ...] to logits [n, ...]; default: the configuration's classifier. `data`:
+    samples to train on and to test on; default: the configuration's points. `loss`: the SUM over samples of the loss of
+    logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for [n, classes]. `metrics`:
+    other such sums by name, whose means per sample are reported. All of it is tried before the first step. Raises
+    `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit code of the
+    contract, and when another rank is lost.
     """
     with stop_requested.listening():
         ranks = read_ranks()
@@ -74,7 +77,7 @@ def fit(
             _telling_others(world, watch),
         ):
             watch.connect(world.store)
-            return _fit_in_world(config, world, watch, at_end, model, data, loss or loss_sum)
+            return _fit_in_world(config, world, watch, at_end, model, data, loss, metrics)
 
 
 def _fit_in_world(
@@ -84,21 +87,32 @@ def _fit_in_world(
     at_end: ExitStack,
     model: nn.Module | None,
     data: Split | None,
-    loss: loop.LossFunction,
+    loss: loop.LossFunction | None,
+    metrics: Mapping[str, Metric] | None,
 ) -> Result:
     """Train in an open world; `at_end` is told what to close."""
-    if config.reduction == "exact":
+    own = any(part is not None for part in (model, data, loss, metrics))
+    split, metrics = check_data(data) if data is not None else None, check_metrics(metrics)
+    exact, accuracy = config.reduction == "exact", True
+    if exact:
         be_deterministic()  # before anything is computed, the fingerprint too
     bare = _make_model(config, model).to(world.device)
-    own_data = data.digest() if data is not None else ""
-    world.check_alike({"data": own_data, "initial parameters and buffers": digest(bare.state_dict().values())})
+    own_data, names = split.digest() if split is not None else "", " ".join(metrics)
+    initial = digest(bare.state_dict().values())
+    world.check_alike({"data": own_data, "metrics": names, "initial parameters and buffers": initial})
+    if own:  # before anything is written
+        split = (split or _make_points(config, world)).to(world.device)
+        micro_batches = config.micro_batches if exact else world.ranks.world_size
+        accuracy = check_training(
+            bare, split, loss, metrics, exact=exact, micro_batches=micro_batches, batch_size=config.batch_size
+        )
     fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
         at_end,
         run_dir=config.run_dir,
         resume=config.resume,
-        settings=config.lasting | {"data": own_data or None},
+        settings=config.lasting | {"data": own_data or None, "metrics": tuple(metrics)},
         epochs=config.epochs,
         fault_rank=fault.rank if fault else None,
     )
@@ -107,12 +121,11 @@ def _fit_in_world(
         found.restore_model(bare)
         world.say(f"{path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
         return Result(bare, found.state["metrics"], path, world.ranks.is_main)
-    split = data or _make_points(config, world)
-    split = Split(split.train.to(world.device), split.test.to(world.device))
+    split = split or _make_points(config, world).to(world.device)
 
     kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
     optimizer = kind(bare.parameters(), lr=config.lr, fused=True)
-    tally = LocalTally(world.device)
+    tally = LocalTally(world.device, metrics=metrics, accuracy=accuracy, exact=exact)
     samples = len(split.train.inputs)
     recorder = Recorder(
         watch=watch,
@@ -126,7 +139,7 @@ def _fit_in_world(
     training = loop.Training(
         model=bare,
         optimizer=optimizer,
-        loss=loss,
+        loss=loss or loss_sum,
         reducer=_make_reducer(config, world, bare, tally),
         tally=tally,
         world=world,
@@ -152,7 +165,9 @@ def _fit_in_world(
         command = continuing_command(world.ranks, sys.orig_argv, path)
         world.say(f"stopped after step {recorder.global_step(progress)}; to continue: {command}")
         raise
-    world.say(f"finished: test accuracy {recorder.metrics['test/accuracy']:.2%}, files in {path}")
+    figures = recorder.metrics
+    tested = f"accuracy {figures['test/accuracy']:.2%}" if accuracy else f"loss {figures['test/loss']:.5f}"
+    world.say(f"finished: test {tested}, files in {path}")
     return Result(bare, recorder.metrics, path, world.ranks.is_main)
 
 
@@ -176,8 +191,7 @@ def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
     if model is None:
         torch.manual_seed(config.seed)  # directly before the model is built, as in the tutorial
         model = Classifier(2, config.hidden, config.activation, class_count(config.dataset))
-    if config.reduction == "exact":
-        check_model(model)
+    check_model(model, exact=config.reduction == "exact")
     return model
 
 

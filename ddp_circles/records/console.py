@@ -6,7 +6,7 @@ import time
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ddp_circles.records.metrics_file import Row
+from ddp_circles.records.metrics_file import Row, figure_names
 from ddp_circles.terminal import say
 
 
@@ -34,10 +34,7 @@ class Console:
     def log(self, row: Row) -> None:
         """Print the line if it is due, and draw the bar."""
         if row["epoch"] % self._every == 0:
-            say(
-                f"Epoch: {row['epoch']} | Loss: {row['train/loss']:.5f}, Acc: {row['train/accuracy'] * 100:.2f}% | "
-                f"Test loss: {row['test/loss']:.5f}, Test acc: {row['test/accuracy'] * 100:.2f}%"
-            )
+            say(f"Epoch: {row['epoch']} | {_figures(row, 'train')} | {_figures(row, 'test')}")
         self._bar.update(self._epochs, completed=row["epoch"] + 1)
         if time.monotonic() - self._drawn_at > 0.1:  # a redraw costs more than a short epoch
             self._bar.start()  # does nothing while it is on
@@ -47,3 +44,13 @@ class Console:
     def close(self) -> None:
         """Remove the bar."""
         self._bar.stop()
+
+
+def _figures(row: Row, part: str) -> str:
+    """The figures of `part`, `train` or `test`, as text."""
+    texts = []
+    for name in figure_names(row):
+        value, short = row[f"{part}/{name}"], "acc" if name == "accuracy" else name
+        title = f"Test {short}" if part == "test" else short.capitalize() if name in ("loss", "accuracy") else short
+        texts.append(f"{title}: {value * 100:.2f}%" if name == "accuracy" else f"{title}: {value:.5f}")
+    return ", ".join(texts)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TypedDict
@@ -20,6 +21,12 @@ class Seal(TypedDict):
 
     bytes: int
     sha256: str
+
+
+def figure_names(row: Mapping[str, float]) -> list[str]:
+    """The figures that a row has of training and test: loss, accuracy where it means something, then the metrics."""
+    names = [key.removeprefix("test/") for key in row if key.startswith("test/")]
+    return sorted(names, key=lambda name: (name != "loss", name != "accuracy"))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ddp_circles.data import Dataset, Split
 from ddp_circles.models import correct_count, probabilities_of
 from ddp_circles.records.files import replacing
-from ddp_circles.records.metrics_file import read_rows
+from ddp_circles.records.metrics_file import figure_names, read_rows
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#7A1F3D", "#56B4E9", "#D55E00", "#F0E442", "#333333")
 """Okabe and Ito's palette, distinct under every kind of colour vision; the purple is darker, farther from the green."""
@@ -55,11 +55,13 @@ STYLE: dict[str, Any] = {
 
 
 def draw_run(model: nn.Module, split: Split, run_dir: Path) -> None:
-    """Draw the learning curves of a run and, for points in the plane, the decision boundary."""
+    """Draw the learning curves of a run and, for classes of points in the plane, the decision boundary."""
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    draw_curves(read_rows(run_dir / "metrics.jsonl"), folder / "curves.png")
-    if split.train.inputs.shape[1:] == (2,):
+    rows = read_rows(run_dir / "metrics.jsonl")
+    draw_curves(rows, folder / "curves.png")
+    inputs, classified = split.train.inputs, any("test/accuracy" in row for row in rows)
+    if classified and inputs.shape[1:] == (2,) and inputs.dtype == torch.float32:
         draw_decision_boundary(model, split, folder / "decision_boundary.png")
 
 
@@ -97,17 +99,21 @@ def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
 
 
 @style.context(STYLE, after_reset=True)
-def draw_curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw loss and accuracy by epoch, training and test, from the rows of metrics.jsonl.
+def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw loss, accuracy and metrics by epoch, training and test, from the rows of metrics.jsonl.
 
     Raises `OSError` if `path` cannot be written.
     """
-    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
-    _curves(losses, metrics, "loss", scale=1)
-    losses.set(title="Loss", ylabel="Mean loss per sample")
-    _curves(accuracies, metrics, "accuracy", scale=100)
-    accuracies.set(title="Accuracy", ylabel="Right answers (%)")
+    names = figure_names(rows[-1]) if rows else ["loss", "accuracy"]
+    columns = min(2, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(5.0 * columns, 4.2 * lines), layout="constrained")
+    titles = {"loss": ("Loss", "Mean loss per sample"), "accuracy": ("Accuracy", "Right answers (%)")}
+    for number, name in enumerate(names, start=1):
+        axes = figure.add_subplot(lines, columns, number)
+        _curves(axes, rows, name, scale=100 if name == "accuracy" else 1)
+        title, label = titles.get(name, (name, "Mean per sample"))
+        axes.set(title=title, ylabel=label)
     _save(figure, path)
 
 
@@ -192,15 +198,15 @@ def class_marks(classes: int) -> list[tuple[str, str]]:
     return list(islice(zip(cycle(COLOURS), cycle(MARKERS)), classes))
 
 
-def _curves(axes: Axes, metrics: Sequence[Mapping[str, float]], name: str, *, scale: float) -> None:
+def _curves(axes: Axes, rows: Sequence[Mapping[str, float]], name: str, *, scale: float) -> None:
     """Draw the column `name` of the rows by epoch, training and test, distinct by colour, stroke and marker."""
-    epochs = [row["epoch"] for row in metrics]
+    epochs = [row["epoch"] for row in rows]
     every = max(1, len(epochs) // 12)
     for part, colour, stroke, marker, first in (
         ("train", COLOURS[0], "-", "o", 0),
         ("test", COLOURS[5], "--", "^", every // 2),
     ):
-        values = [row[f"{part}/{name}"] * scale for row in metrics]
+        values = [row[f"{part}/{name}"] * scale for row in rows]
         axes.plot(epochs, values, color=colour, linestyle=stroke, marker=marker, markevery=(first, every), label=part)
     if len(epochs) == 1:
         axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)

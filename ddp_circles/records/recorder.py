@@ -89,10 +89,8 @@ class Recorder:
         self.metrics = {
             "epoch": progress.epoch,
             "step": self.global_step(progress),
-            "train/loss": progress.train.loss,
-            "train/accuracy": progress.train.accuracy,
-            "test/loss": test.loss,
-            "test/accuracy": test.accuracy,
+            **{f"train/{name}": mean for name, mean in progress.train.means.items()},
+            **{f"test/{name}": mean for name, mean in test.means.items()},
             "train/samples_per_second": trained / max(self._epoch_train_seconds, 1e-9),
             "seconds": time.monotonic() - self._epoch_began,
         }

@@ -151,8 +151,9 @@ def _run_name(world: World) -> str:
 def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run with other settings than it began with."""
     advice = "Choose another --run-dir, or start over in this one with --resume never"
-    if before["data"] != now["data"]:
-        raise UserError(f"{path} holds a run with other data. {advice}")
+    for name in ("data", "metrics"):  # arguments of `fit`; the others are flags
+        if before[name] != now[name]:
+            raise UserError(f"{path} holds a run with other {name}. {advice}")
     changed = [
         f"--{name.replace('_', '-')} ({_spell(before.get(name))} there, {_spell(value)} here)"
         for name, value in now.items()

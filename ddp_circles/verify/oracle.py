@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_circles.data import Dataset
 from ddp_circles.errors import OutOfRangeError
 from ddp_circles.exact import ExactReducer
+from ddp_circles.fixed_point import LOSS_BITS
 from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
@@ -241,7 +242,7 @@ class Witness:
     def epoch_done(self, progress: Progress, test: Tally) -> None:
         """Note loss and accuracy."""
         for tally in (progress.train, test):
-            self.tallies += [tally.loss_units, tally.correct, tally.count]
+            self.tallies += [tally.units["loss"], tally.units["accuracy"] >> LOSS_BITS, tally.count]
 
 
 def _bits_of(gradient: Tensor) -> Tensor:

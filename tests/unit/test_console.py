@@ -32,6 +32,23 @@ def test_the_console_prints_the_line_of_the_contract(capsys: pytest.CaptureFixtu
     assert printed.err == ""
 
 
+def test_metrics_follow_the_loss_and_there_may_be_no_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"train/MAE": 1e-9, "test/MAE": 1234.5}
+    without = {name: value for name, value in row(0).items() if "accuracy" not in name}
+    for figures in (row(0) | own, without | own, without):
+        console = Console(every=1, total_epochs=1)
+        console.log(figures)
+        console.close()
+    assert capsys.readouterr().out.splitlines() == [
+        (
+            "Epoch: 0 | Loss: 0.33333, Acc: 53.37%, MAE: 0.00000 | "
+            "Test loss: 0.30000, Test acc: 48.50%, Test MAE: 1234.50000"
+        ),
+        "Epoch: 0 | Loss: 0.33333, MAE: 0.00000 | Test loss: 0.30000, Test MAE: 1234.50000",
+        "Epoch: 0 | Loss: 0.33333 | Test loss: 0.30000",
+    ]
+
+
 def test_off_a_terminal_there_is_no_bar() -> None:
     done = subprocess.run(program(20), env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert len(done.stdout.splitlines()) == 2

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from ddp_circles import exact
+from ddp_circles.contract import check_model
 from ddp_circles.data import make_points
 from ddp_circles.errors import UserError
-from ddp_circles.exact import ExactReducer, check_model
+from ddp_circles.exact import ExactReducer
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
 from ddp_circles.metrics import LocalTally
 from ddp_circles.models import Classifier, loss_sum
@@ -146,9 +147,9 @@ def test_loss_sums_of_a_billion_samples_are_exact(losses: list[float], data: st.
     ranks = [LocalTally(CPU) for _ in range(3)]
     for share, owner in zip(shares, owners, strict=True):
         ranks[owner].add(share, torch.zeros(2), torch.zeros(2))
-    units, correct, out_of_range = torch.stack([rank.take(MICRO_BATCHES) for rank in ranks]).sum(0).tolist()
+    units, right, out_of_range = torch.stack([rank.take(MICRO_BATCHES) for rank in ranks]).sum(0).tolist()
     assert units == sum(round(Fraction(share.item()) * 2**LOSS_BITS) for share in shares)
-    assert correct == 2 * MICRO_BATCHES
+    assert right == 2 * MICRO_BATCHES * 2**LOSS_BITS
     assert out_of_range == 0
 
 
@@ -165,7 +166,7 @@ def test_loss_out_of_range_is_reported(loss: float) -> None:
 def test_losses_that_ride_with_the_gradients_are_exact(losses: list[float]) -> None:
     losses = losses[:MICRO_BATCHES]
     units = sum(round(Fraction(loss) * 2**LOSS_BITS) for loss in losses)
-    assert sums_of_losses(losses) == [units, len(losses), 0, 0]
+    assert sums_of_losses(losses) == [units, len(losses) * 2**LOSS_BITS, 0, 0]
 
 
 def sums_of_losses(losses: Sequence[float]) -> list[int]:
@@ -243,7 +244,11 @@ def test_models_that_cannot_be_summed_are_refused() -> None:
     with pytest.raises(UserError, match="nothing to train"):
         check_model(nn.Linear(2, 1).requires_grad_(requires_grad=False))
     with pytest.raises(UserError, match="nothing to train"):
-        check_model(nn.ReLU())
+        check_model(nn.ReLU(), exact=False)
+    with pytest.raises(UserError, match="lazy parameter, weight"):
+        check_model(nn.LazyLinear(1))
+    with pytest.raises(UserError, match=r"model= must be a torch\.nn\.Module, got function"):
+        check_model(tally_of)  # type: ignore[arg-type]
     turned = nn.Linear(3, 4)
     turned.weight = nn.Parameter(torch.rand(3, 4).t())
     with pytest.raises(UserError, match=r"0\.weight has strides .*: make it contiguous\(\)"):
@@ -252,6 +257,7 @@ def test_models_that_cannot_be_summed_are_refused() -> None:
 
 def test_harmless_models_are_accepted() -> None:
     check_model(nn.Sequential(nn.Linear(2, 4), nn.GroupNorm(2, 4), nn.Dropout(0.0), nn.Linear(4, 1)))
+    check_model(nn.BatchNorm1d(4), exact=False)
     check_model(nn.Sequential(nn.InstanceNorm1d(4), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4, num_layers=2)))
 
 
@@ -349,7 +355,7 @@ def test_the_sum_over_all_ranks_replaces_local_gradients(network: FakeNetwork) -
     assert torch.equal(future.wait(), torch.full((2,), (3 + 2 + 10) * UNIT))
     assert torch.equal(reducer.reduce_bucket(last).wait(), torch.full((6,), (3 + 1 + 10) * UNIT))  # type: ignore[arg-type]
     assert torch.equal(last.gradients, torch.full((6,), (3 + 1 + 10) * UNIT))
-    assert reducer.agreed(0, last=True).tolist() == [10, 11, 10, 10]
+    assert reducer.agreed(0, last=True).tolist() == [10, 2**LOSS_BITS + 10, 10, 10]
 
 
 def test_large_models_round_fewer_gradients_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,18 +42,18 @@ def test_sums_do_not_depend_on_the_ranks(losses: list[float], owners: list[int],
         for some, others in zip(logits, targets, strict=True)
         for logit, target in zip(some.tolist(), others.tolist(), strict=True)
     )
-    assert total.tolist() == [units, right, 0]
+    assert total.tolist() == [units, right * UNITS, 0]
 
 
 def test_taking_a_tally_empties_it() -> None:
     tally = tally_of([1.0], [torch.tensor([3.0, -3.0])], [torch.tensor([1.0, 1.0])])
-    assert tally.take(8).tolist() == [UNITS, 1, 0]
+    assert tally.take(8).tolist() == [UNITS, UNITS, 0]
     assert tally.take(8).tolist() == [0, 0, 0]
 
 
 def test_classes_are_counted_too() -> None:
     logits = torch.tensor([[0.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
-    assert tally_of([0.0], [logits], [torch.tensor([1, 2])]).take(8).tolist() == [0, 1, 0]
+    assert tally_of([0.0], [logits], [torch.tensor([1, 2])]).take(8).tolist() == [0, UNITS, 0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2.0**36, -(2.0**36)])
@@ -72,18 +72,15 @@ def test_the_largest_losses_allowed_cannot_overflow() -> None:
 def test_a_billion_samples_are_summed_to_the_last_unit() -> None:
     samples, per_step, mean = 10**9, 10**8, 0.6931472
     shares = [per_step // 8 * mean] * 8
-    total = Tally()
+    total = 0
     exact = Fraction(0)
     for _ in range(samples // per_step):
-        units, correct, bad = tally_of(shares, [torch.zeros(1)] * 8, [torch.zeros(1)] * 8).take(8).tolist()
-        assert bad == 0
-        total.loss_units += units
-        total.correct += correct
-        total.count += per_step
+        units, right, bad = tally_of(shares, [torch.zeros(1)] * 8, [torch.zeros(1)] * 8).take(8).tolist()
+        assert (right, bad) == (8 * UNITS, 0)
+        total += units
         exact += sum(Fraction(torch.tensor(share).item()) for share in shares)
-    assert total.count == samples
-    assert abs(Fraction(total.loss_units, UNITS) - exact) <= Fraction(80, 2 * UNITS)  # half a unit per term, 80 terms
-    assert total.loss == pytest.approx(mean, rel=1e-6)
+    assert abs(Fraction(total, UNITS) - exact) <= Fraction(80, 2 * UNITS)  # half a unit per term, 80 terms
+    assert Tally({"loss": total}, samples).means["loss"] == pytest.approx(mean, rel=1e-6)
     assert exact * 2**44 > 2**63  # would overflow at the gradients' resolution
 
 
@@ -93,9 +90,46 @@ def test_a_billion_samples_in_one_agreement() -> None:
 
 
 def test_percent_is_printed_as_published() -> None:
-    tally = Tally(loss_units=800 * UNITS // 2, correct=427, count=800)
-    assert f"{tally.accuracy * 100:.2f}" == "53.37"  # 427 * 100 / 800 would print 53.38
-    assert tally.loss == 0.5
+    means = Tally({"loss": 800 * UNITS // 2, "accuracy": 427 * UNITS}, 800).means
+    assert f"{means['accuracy'] * 100:.2f}" == "53.37"  # 427 * 100 / 800 would print 53.38
+    assert means["loss"] == 0.5
+
+
+@given(right=st.integers(0, 2**60), count=st.integers(1, 2**60))
+def test_accuracy_is_that_of_whole_numbers(right: int, count: int) -> None:
+    assert Tally({"accuracy": right * UNITS}, count).means["accuracy"] == right / count
+
+
+def test_metrics_are_summed_beside_the_loss_and_nothing_is_counted_without_accuracy() -> None:
+    tally = LocalTally(
+        CPU,
+        metrics={"sum": lambda logits, _: logits.sum(), "count": lambda _, targets: (targets == 1).sum()},
+        accuracy=False,
+    )
+    for size in (2, 3):
+        tally.add(torch.tensor(size / 3), torch.full((size, 4), 0.25), torch.ones(size, dtype=torch.int64))
+    assert tally.names == ["loss", "sum", "count"]
+    units = [sum(round(Fraction(torch.tensor(size / 3).item()) * UNITS) for size in (2, 3)), 5 * UNITS, 5 * UNITS]
+    assert tally.take(8).tolist() == [*units, 0]
+    assert tally.take(8).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.0**36])
+def test_metrics_out_of_range_are_counted(bad: float) -> None:
+    tally = LocalTally(CPU, metrics={"own": lambda logits, _: logits.sum()})
+    tally.add(torch.tensor(1.0), torch.tensor([bad]), torch.ones(1))
+    assert tally.take(8).tolist()[-1] == 1
+
+
+def test_sums_that_need_not_be_exact_have_no_range() -> None:
+    tally = LocalTally(CPU, exact=False)
+    for loss in (3e30, 1.0):
+        tally.add(torch.tensor(loss), torch.ones(1), torch.ones(1))
+    units, right, bad = tally.take(8).tolist()
+    assert Tally({"loss": int(units)}, 2).means["loss"] == pytest.approx(1.5e30, rel=1e-6)
+    assert (right, bad) == (2 * UNITS, 0)
+    tally.add(torch.tensor(math.nan), torch.ones(1), torch.ones(1))
+    assert tally.take(8).tolist() == [0, UNITS, 1]
 
 
 def device_sums(step: int) -> Tensor:
@@ -103,7 +137,7 @@ def device_sums(step: int) -> Tensor:
 
 
 def expected_sums(step: int) -> Sums:
-    return Sums(step, 64 * (step + 1), 10 * step, step, 0, 0)
+    return Sums(step, 64 * (step + 1), [10 * step, step], 0, 0)
 
 
 def post(reader: SumsReader, step: int) -> None:

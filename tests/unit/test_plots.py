@@ -271,6 +271,18 @@ def test_curves_hold_the_rows_in_percent(drawn: list[Figure], tmp_path: Path) ->
     assert "%" in accuracies.get_ylabel()
 
 
+def test_curves_are_those_of_the_figures_that_there_are(drawn: list[Figure], tmp_path: Path) -> None:
+    both = row(0) | {"train/mae": 1.0, "test/mae": 2.0, "train/samples_per_second": 3.0}
+    without = {name: value for name, value in both.items() if "accuracy" not in name}
+    for rows, titles in (([both], ["Loss", "Accuracy", "mae"]), ([without] * 2, ["Loss", "mae"])):
+        plots.draw_curves(rows, tmp_path / "a.png")
+        assert [axes.get_title(loc="left") for axes in drawn[-1].axes] == titles
+        assert [list(np.asarray(line.get_ydata())) for line in drawn[-1].axes[-1].lines] == [
+            [1.0] * len(rows),
+            [2.0] * len(rows),
+        ]
+
+
 @pytest.mark.parametrize("epoch", [pytest.param(0, marks=pytest.mark.thorough), 7])
 def test_one_epoch_can_be_seen(tmp_path: Path, epoch: int) -> None:
     plots.draw_curves([row(epoch)], tmp_path / "one.png")
