@@ -92,7 +92,9 @@ def _fit_in_world(
 ) -> Result:
     """Train in an open world; `at_end` is told what to close."""
     own = any(part is not None for part in (model, data, loss, metrics))
-    split, metrics = check_data(data) if data is not None else None, check_metrics(metrics)
+    # Each rank checks what it was given, and all raise what one finds.
+    split = world.together(partial(check_data, data)) if data is not None else None
+    metrics = world.together(partial(check_metrics, metrics))
     exact, accuracy = config.reduction == "exact", True
     if exact:
         be_deterministic()  # before anything is computed, the fingerprint too

@@ -148,7 +148,10 @@ class Recorder:
             writer.follower.start()
             yield
         except BaseException as error:
-            writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
+            try:
+                writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
+            except OSError as second:  # the first error is the one that ends the run
+                warn(f"the file status cannot be written: {second}")
             raise
 
     def finish(self, progress: Progress, *, summary: dict[str, Any], draw: Callable[[], None]) -> None:

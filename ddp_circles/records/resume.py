@@ -83,8 +83,8 @@ def open_run(
             state, warnings = {}, []
         if warnings and not state:
             raise UserError(
-                f"{'; '.join(warnings)}; no good checkpoint is left. Start over with another --run-dir, "
-                "or in this one with --resume never"
+                f"{'; '.join(warnings)}; no good checkpoint is left. Mend what can be mended, or start over with "
+                "another --run-dir, or in this one with --resume never, which deletes them"
             )
         for warning in warnings:
             warn(warning)
@@ -151,13 +151,15 @@ def _run_name(world: World) -> str:
 def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run with other settings than it began with."""
     advice = "Choose another --run-dir, or start over in this one with --resume never"
+    if before.keys() != now.keys():
+        raise UserError(f"{path} holds a run of another version of this package. {advice}")
     for name in ("data", "metrics"):  # arguments of `fit`; the others are flags
         if before[name] != now[name]:
             raise UserError(f"{path} holds a run with other {name}. {advice}")
     changed = [
-        f"--{name.replace('_', '-')} ({_spell(before.get(name))} there, {_spell(value)} here)"
+        f"--{name.replace('_', '-')} ({_spell(before[name])} there, {_spell(value)} here)"
         for name, value in now.items()
-        if before.get(name) != value
+        if before[name] != value
     ]
     if changed:
         raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. {advice}")

@@ -15,7 +15,7 @@ from torch import Tensor, contiguous_format
 
 from ddp_circles.errors import RunDirTakenError, UserError
 from ddp_circles.records.checkpoint import Checkpoints
-from ddp_circles.records.files import read_short, sweep, write_atomically
+from ddp_circles.records.files import flush_names, read_short, sweep, write_atomically
 from ddp_circles.terminal import visible
 
 Status = Literal["running", "stopped", "finished", "failed"]
@@ -45,6 +45,8 @@ class RunDir:
             if self.status is None and (foreign := self.path / "config.toml").exists():
                 raise UserError(f"--run-dir {self.path} would overwrite {foreign}, which is no run's: choose another")
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.path.parent):
+                flush_names(folder)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError("no permission to write")
             at_end.enter_context(FileLock(self.path / ".lock").acquire(timeout=LOCK_WAIT_SECONDS))

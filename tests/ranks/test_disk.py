@@ -236,7 +236,6 @@ class Unreadable:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("scene", ["resumed"], indirect=True)
-@pytest.mark.xfail(reason="Path.glob finds nothing in a folder that it may not list")
 def test_checkpoints_that_may_not_be_listed_are_no_reason_to_start_over(scene: Scene, tmp_path: Path) -> None:
     scene.begin(run_dir := tmp_path / "run")
     (outcome,) = watched(Unreadable(), 1, run_dir)
@@ -246,7 +245,6 @@ def test_checkpoints_that_may_not_be_listed_are_no_reason_to_start_over(scene: S
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("scene", ["over"], indirect=True)
-@pytest.mark.xfail(reason="`--resume never` leaves the old status until the new run begins to train")
 def test_a_run_that_starts_over_is_not_finished(scene: Scene, tmp_path: Path) -> None:
     scene.begin(run_dir := tmp_path / "run")
     gone = next(place for place, operation in enumerate(scene.journal) if operation.path == "model.safetensors")

@@ -18,8 +18,8 @@ def calls_at_the_first_sum(*flags: object) -> list[tuple[str, str]]:
     seen: list[tuple[str, str]] = []
 
     def noting(*arguments: Any, **options: Any) -> Any:
-        if not seen:
-            frames = [(frame.name, Path(frame.filename)) for frame in traceback.extract_stack()]
+        frames = [(frame.name, Path(frame.filename)) for frame in traceback.extract_stack()]
+        if not seen and any(name == "train_epoch" for name, _ in frames):  # before that, the ranks are compared
             seen.extend((name, str(file.relative_to(PROJECT))) for name, file in frames if package in file.parents)
         return all_reduce(*arguments, **options)
 
