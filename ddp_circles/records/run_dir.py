@@ -45,8 +45,9 @@ class RunDir:
             if self.status is None and (foreign := self.path / "config.toml").exists():
                 raise UserError(f"--run-dir {self.path} would overwrite {foreign}, which is no run's: choose another")
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            for folder in (self.path, self.path.parent):
-                flush_names(folder)
+            with contextlib.suppress(OSError):  # a folder above may be unreadable
+                for folder in (self.path, self.path.parent):
+                    flush_names(folder)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise PermissionError("no permission to write")
             at_end.enter_context(FileLock(self.path / ".lock").acquire(timeout=LOCK_WAIT_SECONDS))
