@@ -4,15 +4,23 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "$0")/setup.sh"
 cd "$project"
-tests=(python3 -m pytest --numprocesses=auto "$@")
 
-# Tests that play several nodes open ports on all addresses. Where it is allowed, the tests run in a network of their
-# own, which nobody can reach and in which this machine keeps its addresses.
-if addresses=$(hostname -I) && unshare --net ip link set lo up 2>/dev/null; then
+# Tests that play several nodes open ports on all addresses. Where that is allowed, all tests run in a network of their
+# own that nobody can reach: it has this machine's addresses, and no name server to wait for.
+apart() { # apart COMMAND...
     # shellcheck disable=SC2016 # expanded by the inner shell
-    exec unshare --net bash -c '
+    addresses=$(hostname -I) unshare --net --mount bash -ec '
         ip link set lo up
-        for address in $1; do ip address add "$address" dev lo; done
-        exec "${@:2}"' network "$addresses" "${tests[@]}"
+        for address in $addresses; do ip address add "$address" dev lo; done
+        names=$(mktemp)
+        sed "s/^hosts:.*/hosts: files/" /etc/nsswitch.conf >"$names"
+        mount --bind "$names" /etc/nsswitch.conf
+        rm "$names"
+        exec "$@"' apart "$@"
+}
+tests=(python3 -m pytest --numprocesses=auto "$@")
+if apart true &>/dev/null; then
+    apart "${tests[@]}"
+else
+    exec "${tests[@]}"
 fi
-exec "${tests[@]}"

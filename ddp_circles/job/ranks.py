@@ -105,7 +105,7 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environment.get(name, "" if default is None else str(default))
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise UserError(f"{name} must be a whole number beside the launcher's other variables, got {text!r}")
     return int(text)
 

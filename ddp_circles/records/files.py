@@ -58,8 +58,8 @@ def read_short(path: Path) -> str:
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """The files in `folder` whose names match; unlike `Path.glob`, raises `OSError` if it cannot be listed."""
-    return [path for path in folder.iterdir() if fnmatch(path.name, pattern)]
+    """The files in `folder`, if it exists, whose names match; unlike `Path.glob`, raises if it cannot be listed."""
+    return [path for path in folder.iterdir() if fnmatch(path.name, pattern)] if folder.exists() else []
 
 
 def sweep(folder: Path) -> None:
