@@ -103,11 +103,6 @@ class Config:
         )  # fmt: skip
         return self.points | {name: getattr(self, name) for name in names}
 
-    @property
-    def flags(self) -> dict[str, object]:
-        """All settings, by flag."""
-        return {f"--{field.name.replace('_', '-')}": getattr(self, field.name) for field in dataclasses.fields(self)}
-
     def to_toml(self) -> str:
         """The settings as TOML, without those that belong to one start of a run and not to the run."""
         values = dataclasses.asdict(self)
@@ -176,6 +171,12 @@ def _check(config: Config) -> None:
     require(config.wandb_project.strip() != "", "wandb_project", "a name")
     if config.fault is not None:
         Fault.parse(config.fault)
+
+
+def flags_of(settings: Any) -> dict[str, object]:
+    """All `settings` of a program, a dataclass, by flag."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    return {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
 
 
 def recipe(name: str, **changes: Any) -> Config:

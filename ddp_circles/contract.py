@@ -1,7 +1,7 @@
 """The contract between `fit` and the model, data, loss and metrics of its caller, checked once, before the first step.
 
 A few samples are tried, and all inputs and targets are looked at. Every rank does it by itself: given the same, all
-ranks come to the same verdict. The model, and every bit that follows, stay as they would have been.
+ranks come to the same verdict. Parameters, buffers and random states, and so every bit that follows, stay as they were.
 """
 
 import random
@@ -87,6 +87,8 @@ def _first(values: Tensor, wrong: Callable[[Tensor], Tensor]) -> tuple[int, Any]
 
 def check_metrics(metrics: Mapping[str, Metric] | None) -> dict[str, Metric]:
     """The metrics by name; raises `UserError` for a name that cannot be a key, or that is taken."""
+    if not isinstance(metrics or {}, Mapping):
+        raise UserError(f"metrics= must be a mapping from names to functions, got {_kind(metrics)}")
     for name in metrics or {}:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
             raise UserError(f"metrics= must have names that are one plain word, such as mae, got {name!r}")
@@ -170,14 +172,15 @@ def check_training(
     exact: bool,
     micro_batches: int,
     batch_size: int,
-) -> bool:
+    ranks: int,
+) -> tuple[bool, dict[str, float]]:
     """Try model, loss and metrics on a few samples, in training mode on those to train on, as the loop will.
 
     `loss`: None for the default, whose targets are all looked at. `micro_batches`: pieces of each step, of `batch_size`
-    samples, 0 for all. Returns True if accuracy means something for these logits and targets. Raises `UserError`,
-    naming the argument and what was expected of it.
+    samples, 0 for all, over so many `ranks`. Returns True if accuracy means something for these logits and targets; and
+    the sums that were tried, by argument. Raises `UserError`, naming the argument and what was expected of it.
     """
-    accuracy = True
+    accuracy, tried = True, {}
     sums = {"loss=": loss or loss_sum} | {f"metrics= {name!r}": metric for name, metric in metrics.items()}
     before = _Snapshot(model)
     try:
@@ -196,12 +199,12 @@ def check_training(
                 for what, function in sums.items():
                     total = _check_sum(what, function, logits, targets)
                     terms.check(what, total / len(inputs) * terms.largest, LOSS_BITS)
+                    tried[f"{what} of data.{part}"] = total.item()
                     if training and what == "loss=":
                         _check_gradients(model, total, len(inputs), terms)
                 last = count % batch or batch
-                # Batch norm cannot train on one sample, so in fast it is only tried where that happens.
-                least = 1 if exact or not training else max(1, last // micro_batches)
-                for size in [least, 0] if last < micro_batches else [least]:
+                least = max(1, last // micro_batches)
+                for size in [least, 0] if last < micro_batches or ranks > micro_batches else [least]:
                     name = f"data.{part}.inputs[:{size}], as few as a step may leave a rank,"
                     fewer_logits = _run(model, inputs[:size], name)
                     for what, function in sums.items():
@@ -211,7 +214,7 @@ def check_training(
             accuracy = accuracy and _has_accuracy(logits, samples.targets)
     finally:
         before.restore()
-    return accuracy
+    return accuracy, tried
 
 
 def _run(model: nn.Module, inputs: Tensor, name: str) -> Tensor:
@@ -246,12 +249,8 @@ def _check_targets(name: str, targets: Tensor, logits: Tensor) -> None:
             "of 1; for any other task pass loss=, the SUM over the samples"
         )
     if probabilities or binary:
-        _check_values(
-            name,
-            targets,
-            lambda chunk: ((chunk >= 0) & (chunk <= 1)).logical_not_(),
-            "a number between 0 and 1: scale them, or pass a loss= for what they mean",
-        )
+        expected = "a number between 0 and 1: scale them, or pass a loss= for what they mean"
+        _check_values(name, targets, _outside(1), expected)
     else:
         last = logits.shape[1] - 1
         _check_values(name, targets, _outside(last), f"a class number from 0 to {last}, as the {last + 1} logits need")
@@ -327,6 +326,8 @@ def _check_gradients(model: nn.Module, total: Tensor, count: int, terms: "_Terms
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient.layout != torch.strided:
             raise UserError(f"model= has sparse gradients for {name}: build the layer with sparse=False")
+        if not gradient.numel():
+            continue
         peak = torch.linalg.vector_norm(gradient.float(), torch.inf)
         if not peak.isfinite():
             raise UserError(f"the gradient of {name} is not finite before the first step: look at model= and loss=")

@@ -48,7 +48,7 @@ class FastReducer:
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
         """Units by name, values out of range and stop requests of all ranks since the last agreement.
 
-        None after a step at which the ranks do not agree. `last`: the epoch's last step.
+        Returns None after a step at which the ranks do not agree. `last`: the epoch's last step.
         """
         if not last and (step + 1) % AGREES_EVERY:
             return None

@@ -16,14 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ddp_circles import loop
-from ddp_circles.config import Config
-from ddp_circles.contract import check_data, check_metrics, check_model, check_training
+from ddp_circles.config import Config, flags_of
+from ddp_circles.contract import TOLERANCE, check_data, check_metrics, check_model, check_training
 from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
 from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.faults import Fault, Rehearsal
-from ddp_circles.job.ranks import continuing_command, read_ranks
+from ddp_circles.job.ranks import continuing_command, read_ranks, spell_ranks
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import WAITED, Watch
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
@@ -72,7 +72,7 @@ def fit(
         pin_threads(config.threads)
         with (
             Watch(ranks) as watch,
-            open_world(ranks, config.device, config.backend, config.timeout, config.flags) as world,
+            open_world(ranks, config.device, config.backend, config.timeout, flags_of(config)) as world,
             ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
             _telling_others(world, watch),
         ):
@@ -98,16 +98,28 @@ def _fit_in_world(
     exact, accuracy = config.reduction == "exact", True
     if exact:
         be_deterministic()  # before anything is computed, the fingerprint too
-    bare = _make_model(config, model).to(world.device)
-    own_data, names = split.digest() if split is not None else "", " ".join(metrics)
-    initial = digest(bare.state_dict().values())
-    world.check_alike({"data": own_data, "metrics": names, "initial parameters and buffers": initial})
+    bare = world.together(partial(_make_model, config, model)).to(world.device)
+    own_data = split.digest() if split is not None else ""
+    world.check_alike(
+        {
+            "data": own_data,
+            "loss= or none": str(loss is not None),
+            "metrics": " ".join(metrics),
+            "layers": str([(name, type(layer).__qualname__) for name, layer in bare.named_modules()]),
+            "initial parameters and buffers": digest([*bare.parameters(), *bare.buffers()]),
+        }
+    )
     if own:  # before anything is written
         split = (split or _make_points(config, world)).to(world.device)
-        micro_batches = config.micro_batches if exact else world.ranks.world_size
-        accuracy = check_training(
-            bare, split, loss, metrics, exact=exact, micro_batches=micro_batches, batch_size=config.batch_size
+        check = partial(
+            check_training,
+            exact=exact,
+            micro_batches=config.micro_batches if exact else world.ranks.world_size,
+            batch_size=config.batch_size,
+            ranks=world.ranks.world_size,
         )
+        accuracy, tried = world.together(partial(check, bare, split, loss, metrics))
+        _compare_tries(world, tried)
     fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
@@ -173,6 +185,19 @@ def _fit_in_world(
     return Result(bare, recorder.metrics, path, world.ranks.is_main)
 
 
+def _compare_tries(world: World, tried: dict[str, float]) -> None:
+    """Raise the same `UserError` on all ranks if one computes something else from the same samples."""
+    everyone = world.gather(tried)
+    for what in tried:
+        values = [other[what] for other in everyone]
+        odd = [rank for rank, value in enumerate(values) if abs(value - values[0]) > TOLERANCE * abs(values[0])]
+        if odd:
+            raise UserError(
+                f"{what} is {values[0]:g} on rank 0 and {values[odd[0]]:g} on {spell_ranks(odd)}, from the same "
+                "samples: give every rank the same model=, loss= and metrics="
+            )
+
+
 def _make_points(config: Config, world: World) -> Split:
     """The configuration's points on every rank."""
     if config.n_samples < CACHED_FROM:
@@ -226,6 +251,7 @@ def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, op
             keep_below_epoch=found.state.get("epoch", 0),
             seal=found.state.get("metrics_seal"),
             last=found.state.get("metrics"),
+            check=found.run_dir.check,
         ),
         console=Console(config.log_every, config.epochs),
         follower=WandbFollower(

@@ -1,5 +1,6 @@
 """The launcher's environment, read into ranks. The only module that reads launcher variables; imports no torch."""
 
+import ipaddress
 import os
 import re
 import shlex
@@ -14,6 +15,8 @@ from ddp_circles.terminal import spell_numbers
 
 LAUNCH_VARIABLE = "DDP_CIRCLES_START"
 """Set by launchers that restart the ranks by themselves: a name of the launch that survives restarts."""
+
+LOOPBACK = "127.0.0.1"
 
 _parents: dict[int, int] = {}
 
@@ -38,6 +41,8 @@ class Ranks:
     local_rank: int = 0
     local_world_size: int = 1
     nodes: int = 1
+    one_machine: bool = True
+    """True if all ranks are known to be on this machine."""
     launcher: str = "one process"
     """`torchrun`, `srun` or `one process`."""
     job_id: str | None = None
@@ -100,7 +105,14 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         raise UserError("WORLD_SIZE is set without RANK: start with torchrun or srun, or unset WORLD_SIZE")
     if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         return _slurm_ranks(environment)
-    return Ranks(job_id=environment.get("SLURM_JOB_ID"))
+    return Ranks(job_id=environment.get("SLURM_JOB_ID") or None)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -114,20 +126,26 @@ def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
     error_file = environment.get("TORCHELASTIC_ERROR_FILE")
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    host = environment.get("MASTER_ADDR", LOOPBACK)
+    agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # Without an agent, by hand or in Kubernetes, only the address tells.
+    one_machine = environment.get("GROUP_WORLD_SIZE") == "1" or _is_loopback(host)
     return Ranks(
         rank=rank,
         world_size=world_size,
         local_rank=_number(environment, "LOCAL_RANK", rank),
         local_world_size=_number(environment, "LOCAL_WORLD_SIZE", world_size),
         nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
+        one_machine=one_machine,
         launcher="torchrun",
-        job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID"),
+        job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID") or None,
         job=f"torchrun's job {run_id} of {world_size} ranks",
         restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
         # The agent makes the folder of its logs, .../RUN_ID_xxxx/attempt_N/RANK/error.json, anew for each launch.
         launch=environment.get(LAUNCH_VARIABLE) or (str(Path(error_file).parents[2]) if error_file else None),
-        store_address=(environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT")),
-        store_is_the_agents=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        # Nobody outside the machine needs to reach a store of ours, whatever its name in MASTER_ADDR.
+        store_address=(LOOPBACK if one_machine and not agents else host, _number(environment, "MASTER_PORT")),
+        store_is_the_agents=agents,
         error_file=Path(error_file) if error_file else None,
     )
 
@@ -144,6 +162,7 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
         local_rank=_number(environment, "SLURM_LOCALID"),
         local_world_size=_tasks_here(environment, world_size),
         nodes=nodes,
+        one_machine=nodes == 1,
         launcher="srun",
         job_id=environment["SLURM_JOB_ID"],
         job=f"Slurm's step {job}.{step} of {world_size} ranks",
@@ -170,7 +189,7 @@ def _tasks_here(environment: Mapping[str, str], world_size: int) -> int:
 
 def _store_host(environment: Mapping[str, str], nodes: int) -> str:
     if nodes == 1:
-        return "127.0.0.1"  # whatever MASTER_ADDR says: nobody outside the node needs to reach the store
+        return LOOPBACK  # as above
     if host := environment.get("MASTER_ADDR"):
         return host
     node_list = environment.get("SLURM_STEP_NODELIST", "")

@@ -10,7 +10,8 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousParameters, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from ddp_circles.job.store import LOOPBACK, serve_store
+from ddp_circles.job.ranks import LOOPBACK
+from ddp_circles.job.store import serve_store
 
 STORE_SECONDS = 600
 

@@ -4,16 +4,14 @@ torch's own stores listen on all addresses, without a password.
 """
 
 import errno
-import ipaddress
 import socket
 from datetime import timedelta
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from ddp_circles.errors import UserError
-from ddp_circles.job.ranks import Ranks
+from ddp_circles.job.ranks import LOOPBACK, Ranks
 
-LOOPBACK = "127.0.0.1"
 JOB = "ddp_circles/job"
 """The key that holds the name of the job that meets here."""
 
@@ -36,18 +34,17 @@ def open_store(ranks: Ranks, timeout: timedelta, number: int) -> Store:
     host, port = ranks.store_address
     base = _connect(ranks, host, port, timeout)
     base.set_timeout(timeout)
+    advice = "give each job a MASTER_PORT of its own"
+    if ranks.nodes > 1 and ranks.store_is_the_agents:  # torchrun counts no restart then
+        advice += ", or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 if nodes have joined or left"
     other = _name_job(base, ranks)
     if other != ranks.job:
-        raise UserError(
-            f"{host}:{port} is where {other} meets, not {ranks.job}: give each job a MASTER_PORT of its own"
-        )
+        raise UserError(f"{host}:{port} is where {other} meets, not {ranks.job}: {advice}")
     # An agent's store outlives the workers. Any other is new at each start, where the nodes' restart counts may differ.
     start = ranks.restarts if ranks.store_is_the_agents else 0
     store = PrefixStore(f"{ranks.job}, start {start}, world {number}", base)
     if store.add(f"rank/{ranks.rank}", 1) > 1:
-        raise UserError(
-            f"rank {ranks.rank} is at {host}:{port} already: two jobs meet there; give each a MASTER_PORT of its own"
-        )
+        raise UserError(f"rank {ranks.rank} is at {host}:{port} already: two jobs meet there; {advice}")
     return store
 
 
@@ -62,7 +59,7 @@ def _connect(ranks: Ranks, host: str, port: int, timeout: timedelta) -> Store:
     if (host, port) in _stores:
         return _stores[host, port]
     if ranks.serves_store:
-        store = _serve(host, port, timeout)
+        store = _serve(ranks, host, port, timeout)
     else:
         if ranks.store_is_the_agents:
             # It was there before this process: if nobody answers, the launcher is gone and waiting is in vain.
@@ -72,9 +69,9 @@ def _connect(ranks: Ranks, host: str, port: int, timeout: timedelta) -> Store:
     return store
 
 
-def _serve(host: str, port: int, timeout: timedelta) -> Store:
+def _serve(ranks: Ranks, host: str, port: int, timeout: timedelta) -> Store:
     try:
-        return serve_store(port, timeout) if is_loopback(host) else TCPStore(host, port, None, True, timeout, False)
+        return serve_store(port, timeout) if ranks.one_machine else TCPStore(host, port, None, True, timeout, False)
     except (OSError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(
@@ -82,14 +79,6 @@ def _serve(host: str, port: int, timeout: timedelta) -> Store:
                 "set MASTER_PORT to a free one"
             ) from None
         raise
-
-
-def is_loopback(host: str) -> bool:
-    """True if `host` is an address or the name of this machine's loopback."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _name_job(store: Store, ranks: Ranks) -> str:

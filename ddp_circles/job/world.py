@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import Store
 from ddp_circles.errors import UserError
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
 from ddp_circles.job.ranks import Ranks, set_thread_variables, spell_ranks
-from ddp_circles.job.store import is_loopback, open_store
+from ddp_circles.job.store import open_store
 from ddp_circles.job.watch import waiting
 from ddp_circles.plain import Plain, from_bytes, to_bytes
 from ddp_circles.terminal import say
@@ -185,11 +185,9 @@ def open_world(
     try:
         store = open_store(ranks, timedelta(seconds=timeout), number)
         own, backend = _agree(store, ranks, device, backend, settings)
-        # On one machine neither library listens beyond it.
-        if ranks.nodes == 1:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        if ranks.store_address is None or is_loopback(ranks.store_address[0]):
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        if ranks.one_machine:  # neither library needs to listen beyond it
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo")
         dist.init_process_group(
             backend,
             store=store,

@@ -4,11 +4,12 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TypedDict
 
+from ddp_circles.errors import RunDirTakenError
 from ddp_circles.records.files import write_atomically
 from ddp_circles.terminal import spell_numbers, visible, warn
 
@@ -74,11 +75,21 @@ class MetricsFile:
     Opening it drops the lines of epochs from `keep_below_epoch` on, which the run will log again; raises `OSError`. A
     line that cannot be written, for instance on a full disk, is a warning, and is written together with the next one.
     `seal`: that of the checkpoint to continue from, if it has one; lines that were lost or changed since are a warning.
-    `last`: the checkpoint's last line, whose keys all lines should have.
+    `last`: the checkpoint's last line, whose keys all lines should have. `check`: called before every change; raises
+    where the folder is no longer this run's.
     """
 
-    def __init__(self, path: Path, keep_below_epoch: int, *, seal: Seal | None = None, last: Row | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keep_below_epoch: int,
+        *,
+        seal: Seal | None = None,
+        last: Row | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path = path
+        self._check = check
         content = _content(path)
         rows = [row for row in _rows_in(content) if row["epoch"] < keep_below_epoch]
         if seal is None:
@@ -92,13 +103,14 @@ class MetricsFile:
         self._file = open(path, "r+b", buffering=0, opener=_open_no_link)  # noqa: SIM115
         self._durable = len(kept)
         self._digest = sha256(kept)
-        """Of the durable lines and those in `_tail`."""
+        """SHA-256 of the durable lines and those in `_tail`."""
         self._tail = bytearray()
         """Whole lines that belong behind the durable bytes; the first `_written` bytes of them are in the file."""
         self._written = 0
 
     def log(self, row: Row) -> None:
         """Append one line in a single write."""
+        self._check()
         line = _as_line(row)
         self._tail += line
         self._digest.update(line)
@@ -109,6 +121,7 @@ class MetricsFile:
 
     def flush(self) -> None:
         """Put every line logged so far on the disk; raises `OSError` if one of them cannot be."""
+        self._check()
         try:
             self._write()
             os.fsync(self._file.fileno())
@@ -131,7 +144,10 @@ class MetricsFile:
             self.flush()
         except OSError as error:
             warn(f"{self.path} lacks the last epochs: {error.strerror}")
-        self._file.close()
+        except RunDirTakenError:
+            pass  # the lines are not for the run that has it now
+        finally:
+            self._file.close()
 
     def _mend(self, rows: list[Row], epochs: int, last: Row) -> bytes:
         """Say what is lost of the first `epochs` lines; returns those of `rows` that the run can go on with."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from ddp_circles.errors import StopRequestedError
+from ddp_circles.errors import RunDirTakenError, StopRequestedError
 from ddp_circles.job.faults import Rehearsal
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import Watch
@@ -147,10 +147,12 @@ class Recorder:
             self.save(progress)
             writer.follower.start()
             yield
+        except RunDirTakenError:
+            raise
         except BaseException as error:
             try:
                 writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
-            except OSError as second:  # the first error is the one that ends the run
+            except (OSError, RunDirTakenError) as second:  # the first error is the one that ends the run
                 warn(f"the file status cannot be written: {second}")
             raise
 
@@ -165,6 +167,7 @@ class Recorder:
         digest = writer.run_dir.write_model(writer.snapshot()["model"])
         summary = {**self.metrics, "weights_sha256": digest, **summary}
         writer.run_dir.write("summary.json", json.dumps(summary, indent=2) + "\n")
+        writer.run_dir.check()
         draw()
         writer.run_dir.set_status("finished")
         writer.console.close()

@@ -140,7 +140,7 @@ def _run_name(world: World) -> str:
         raise UserError("a restarted run needs a name that lasts: give --run-dir, or --rdzv-id to torchrun")
     else:
         name = world.agree_on_first(datetime.now().astimezone().strftime("%Y%m%d-%H%M%S-%f"))
-    if name != Path(name).name or name == ".." or not name.isprintable():
+    if not name or name != Path(name).name or name == ".." or not name.isprintable():
         raise UserError(
             f"the launch's id {name!r} cannot name a folder in runs/: give --run-dir, or torchrun another --rdzv-id "
             "(a Slurm job: another SLURM_JOB_ID)"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ddp_circles import cli
+from ddp_circles.config import flags_of
 from ddp_circles.errors import UserError
 from ddp_circles.exact import be_deterministic
 from ddp_circles.job.ranks import Ranks
@@ -48,7 +49,7 @@ def verify(settings: Settings, ranks: Ranks) -> int:
         raise UserError(f"--inject names rank {fault.rank}, and the last rank of this world is {last}")
     trouble = Trouble(fault.kind if fault is not None and fault.rank == ranks.rank else None, settings.seed)
     device, backend, timeout = settings.device, settings.backend, settings.timeout
-    with Watch(ranks) as watch, open_world(ranks, device, backend, timeout, settings.flags) as world:
+    with Watch(ranks) as watch, open_world(ranks, device, backend, timeout, flags_of(settings)) as world:
         watch.connect(world.store)
         session = Session(settings, world, watch, trouble)
         with alarm(watch, settings.timeout - LAST_WORDS_SECONDS, session.tell_end):

@@ -1,7 +1,7 @@
 """The flags of `python -m ddp_circles.verify`; imports no torch."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -49,11 +49,6 @@ class Settings:
         require(1 <= self.threads <= MOST_THREADS, "--threads", f"between 1 and {MOST_THREADS}", self.threads)
         require(20 <= self.timeout <= LONGEST_TIMEOUT, "--timeout", f"between 20 and {LONGEST_TIMEOUT}", self.timeout)
         self.fault()
-
-    @property
-    def flags(self) -> dict[str, object]:
-        """All settings, by flag."""
-        return {f"--{name.replace('_', '-')}": value for name, value in asdict(self).items()}
 
     def fault(self) -> Fault | None:
         """The fault to rehearse; raises `UserError` for an `inject` that cannot be read."""

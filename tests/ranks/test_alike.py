@@ -95,33 +95,69 @@ def test_a_command_line_of_its_own_on_each_rank_is_refused_once(tmp_path: Path) 
 class Counting(nn.Module):
     """A model with a buffer."""
 
-    def __init__(self, seed: int, count: float) -> None:
+    def __init__(self, seed: int = 0, count: float = 0.0, activation: nn.Module | None = None) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.layer = nn.Linear(2, 1)
-        self.register_buffer("count", torch.tensor(count))
+        self.activation = activation or nn.Identity()
+        self.register_buffer("count", torch.tensor(count), persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.layer(inputs)
-        return logits.squeeze(1)
+        logits: torch.Tensor = self.activation(self.layer(inputs)).squeeze(1)
+        return logits
 
 
-def bring_other_models(folder: Path) -> list[str]:
-    """The refusals where the last rank's parameters differ, and where its buffer does."""
+def bring_own(folder: Path) -> list[str]:
+    """The refusals where the last rank brings another model, another loss, other metrics, or what is refused."""
     ranks = read_ranks()
     odd = ranks.rank == ranks.world_size - 1
     points = torch.rand(20, 2, generator=torch.Generator().manual_seed(0))
     samples = Dataset(points, (points.sum(1) > 1).float())
+    spoiled = Dataset(points / 0 if odd else points, samples.targets)
     config = Config(run_dir=folder, wandb="disabled", plots=False)
-    models = [Counting(int(odd), 0.0), Counting(0, float(odd))]
-    return [refusal(config, model=model, data=Split(samples, samples)) for model in models]
+
+    def squares(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return ((logits - targets) ** 2).sum() * (2 if odd else 1)
+
+    brought: list[dict[str, Any]] = [
+        {"model": Counting(seed=int(odd))},
+        {"model": Counting(count=float(odd))},
+        {"model": Counting(activation=nn.Tanh() if odd else nn.ReLU())},
+        {"loss": squares if odd else None},
+        {"loss": squares},
+        {"metrics": {"error" if odd else "mistake": squares}},
+        {"metrics": {"error": squares}},
+        {"model": Counting(activation=nn.Dropout(0.5 if odd else 0.0))},
+        {"data": Split(spoiled, samples)},
+    ]
+    given = {"data": Split(samples, samples)}
+    return [refusal(config, **({"model": Counting()} | given | own)) for own in brought]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_rank_must_bring_the_same_model(size: int, tmp_path: Path) -> None:
-    refusals = run_ranks(bring_other_models, size, tmp_path / "run")
-    expected = f"rank {size - 1} was given other initial parameters and buffers than rank 0: make them alike"
-    assert all(said.startswith(expected) for of_rank in refusals for said in of_rank), refusals
+def test_every_rank_must_bring_the_same(size: int, tmp_path: Path) -> None:
+    refusals = run_ranks(bring_own, size, tmp_path / "run")
+    assert refusals == [refusals[0]] * size
+    last = size - 1
+    expected = [
+        f"rank {last} was given other initial parameters and buffers than rank 0: make them alike",
+        f"rank {last} was given other initial parameters and buffers than rank 0: make them alike",
+        f"rank {last} was given other layers than rank 0: make them alike",
+        f"rank {last} was given other loss= or none than rank 0: make them alike",
+        "loss= of data.train is ",
+        f"rank {last} was given other metrics than rank 0: make them alike",
+        "metrics= 'error' of data.train is ",
+        f"rank {last} (host ",
+        f"rank {last} (host ",
+    ]
+    for said, beginning in zip(refusals[0], expected, strict=True):
+        assert said.startswith(beginning), said
+    assert " on rank 0 and " in refusals[0][4]
+    assert refusals[0][4].endswith(
+        f"on rank {last}, from the same samples: give every rank the same model=, loss= and metrics="
+    )
+    assert "dropout" in refusals[0][7].lower()
+    assert "data.train.inputs: sample 0 holds inf" in refusals[0][8]
     assert not (tmp_path / "run").exists()
 
 
