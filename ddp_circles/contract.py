@@ -63,7 +63,9 @@ def _check_tensor(name: str, values: Any) -> None:
     if len(values) == 0:
         raise UserError(f"{name} holds no samples: give one at least")
     if values.is_floating_point() or values.is_complex():
-        _check_values(name, values, lambda chunk: chunk.isfinite().logical_not_(), "a finite number")
+        _check_values(
+            name, values, lambda chunk: chunk.isfinite().logical_not_(), "a finite number: leave such samples out"
+        )
 
 
 def _check_values(name: str, values: Tensor, wrong: Callable[[Tensor], Tensor], expected: str) -> None:
@@ -303,10 +305,15 @@ def _check_sum(what: str, function: Metric, logits: Tensor, targets: Tensor) -> 
         a, b, c = whole.item(), first.item(), rest.item()
         rounding = torch.finfo(whole.dtype).eps if whole.is_floating_point() else 0.0
         if abs(a - (b + c)) > max(TOLERANCE, 4 * rounding) * (abs(a) + abs(b) + abs(c)):
+            advice = "use reduction='sum'"
+            if logits.shape != targets.shape and logits.numel() == targets.numel():
+                advice = (
+                    f"logits {list(logits.shape)} and targets {list(targets.shape)} are combined each with each: give "
+                    "them one shape, with squeeze(1) or unsqueeze(1)"
+                )
             raise UserError(
                 f"{what} must return the SUM over the samples: of {count} samples it gave {a:g}, but of the first "
-                f"{cut} {b:g} and of the rest {c:g}, which do not add up to it: use reduction='sum', and look at the "
-                f"shapes of logits, {list(logits.shape)}, and targets, {list(targets.shape)}"
+                f"{cut} {b:g} and of the rest {c:g}, which do not add up to it: {advice}"
             )
     return whole
 

@@ -180,7 +180,9 @@ def _fit_in_world(
         world.say(f"stopped after step {recorder.global_step(progress)}; to continue: {command}")
         raise
     figures = recorder.metrics
-    tested = f"accuracy {figures['test/accuracy']:.2%}" if accuracy else f"loss {figures['test/loss']:.5f}"
+    tested = ", ".join(f"{name} {figures[f'test/{name}']:.5f}" for name in ("loss", *metrics))
+    if accuracy:
+        tested = f"accuracy {figures['test/accuracy']:.2%}"
     world.say(f"finished: test {tested}, files in {path}")
     return Result(bare, recorder.metrics, path, world.ranks.is_main)
 
