@@ -49,7 +49,13 @@ def command(ranks: int, *words: str) -> list[str]:
     """A command line for `ranks` ranks: plain Python for one, torchrun for more."""
     if ranks == 1:
         return [sys.executable, *words]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--rdzv-backend=loopback",
+        "--rdzv-endpoint=localhost",
+        f"--nproc-per-node={ranks}",
+    ]
     return [sys.executable, *launcher, *words]
 
 
