@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import read_ranks
 from ddp_circles.job.world import open_world
 from tests.harness.ranks import Job, forget_launcher, free_port, run_ranks
-from tests.harness.runs import PLAIN, QUIET, bits, finish, train_hastily
+from tests.harness.runs import PLAIN, QUIET, bits, finish, status, train_hastily
 
 OTHER: dict[str, Any] = {
     "dataset": "moons",
@@ -213,17 +214,20 @@ def test_two_slurm_jobs_whose_ids_lead_to_one_port_do_not_mix(size: int, distanc
 def test_two_jobs_without_names_do_not_mix_either(tmp_path: Path) -> None:
     """By hand, RANK and the others are all there is: a rank that is there twice belongs to another job."""
     variables = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    flags = ("--run-dir", tmp_path / "run", *QUIET, *SMALL, "--timeout=30")
+    flags = ("--run-dir", tmp_path / "run", *QUIET, *SMALL, "--epochs=1000000")
 
     def start(rank: int) -> Job:
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         return Job(train_hastily, 1, *flags, environment=variables | own)
 
     with start(0) as head, start(1) as other, start(1) as another:
+        head.wait_until(lambda: not (other.processes[0].is_alive() and another.processes[0].is_alive()))
+        head.wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        head.signal(signal.SIGTERM)
         outcomes = [job.wait(60)[0] for job in (head, other, another)]
     assert outcomes[0].code == 0, outcomes[0].output
     assert sorted(outcome.code or 0 for outcome in outcomes[1:]) == [0, 2], outcomes
-    assert bits(tmp_path / "run") == finish(PLAIN, tmp_path / "alone", *SMALL)
+    assert status(tmp_path / "run") == "stopped"
 
 
 # ---- data, not objects
