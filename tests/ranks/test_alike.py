@@ -222,7 +222,7 @@ def test_two_jobs_without_names_do_not_mix_either(tmp_path: Path) -> None:
 
     with start(0) as head, start(1) as other, start(1) as another:
         head.wait_until(lambda: not (other.processes[0].is_alive() and another.processes[0].is_alive()))
-        head.wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        head.wait_until((tmp_path / "run/metrics.jsonl").exists)
         head.signal(signal.SIGTERM)
         outcomes = [job.wait(60)[0] for job in (head, other, another)]
     assert outcomes[0].code == 0, outcomes[0].output
