@@ -91,35 +91,10 @@ def _fit_in_world(
     metrics: Mapping[str, Metric] | None,
 ) -> Result:
     """Train in an open world; `at_end` is told what to close."""
-    own = any(part is not None for part in (model, data, loss, metrics))
-    # Each rank checks what it was given, and all raise what one finds.
-    split = world.together(partial(check_data, data)) if data is not None else None
-    metrics = world.together(partial(check_metrics, metrics))
-    exact, accuracy = config.reduction == "exact", True
+    exact = config.reduction == "exact"
     if exact:
         be_deterministic()  # before anything is computed, the fingerprint too
-    bare = world.together(partial(_make_model, config, model)).to(world.device)
-    own_data = split.digest() if split is not None else ""
-    world.check_alike(
-        {
-            "data": own_data,
-            "loss= or none": str(loss is not None),
-            "metrics": " ".join(metrics),
-            "layers": str([(name, type(layer).__qualname__) for name, layer in bare.named_modules()]),
-            "initial parameters and buffers": digest([*bare.parameters(), *bare.buffers()]),
-        }
-    )
-    if own:  # before anything is written
-        split = (split or _make_points(config, world)).to(world.device)
-        check = partial(
-            check_training,
-            exact=exact,
-            micro_batches=config.micro_batches if exact else world.ranks.world_size,
-            batch_size=config.batch_size,
-            ranks=world.ranks.world_size,
-        )
-        accuracy, tried = world.together(partial(check, bare, split, loss, metrics))
-        _compare_tries(world, tried)
+    bare, split, metrics, own_data, accuracy = _take_in(config, world, model, data, loss, metrics)
     fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
@@ -185,6 +160,48 @@ def _fit_in_world(
         tested = f"accuracy {figures['test/accuracy']:.2%}"
     world.say(f"finished: test {tested}, files in {path}")
     return Result(bare, recorder.metrics, path, world.ranks.is_main)
+
+
+def _take_in(
+    config: Config,
+    world: World,
+    model: nn.Module | None,
+    data: Split | None,
+    loss: loop.LossFunction | None,
+    metrics: Mapping[str, Metric] | None,
+) -> tuple[nn.Module, Split | None, dict[str, Metric], str, bool]:
+    """Check what the caller of `fit` has brought, alike on all ranks, before anything is written.
+
+    Returns the model; the samples, None if they are still to be made; the metrics; the digest of the caller's data,
+    empty without; and True if accuracy means something. Raises the same `UserError` on all ranks.
+    """
+    # Each rank checks what it was given, and all raise what one finds.
+    split = world.together(partial(check_data, data)) if data is not None else None
+    named = world.together(partial(check_metrics, metrics))
+    bare = world.together(partial(_make_model, config, model)).to(world.device)
+    own_data = split.digest() if split is not None else ""
+    world.check_alike(
+        {
+            "data": own_data,
+            "loss= or none": str(loss is not None),
+            "metrics": " ".join(named),
+            "layers": str([(name, type(layer).__qualname__) for name, layer in bare.named_modules()]),
+            "initial parameters and buffers": digest([*bare.parameters(), *bare.buffers()]),
+        }
+    )
+    accuracy, exact = True, config.reduction == "exact"
+    if any(part is not None for part in (model, data, loss, metrics)):
+        split = (split or _make_points(config, world)).to(world.device)
+        check = partial(
+            check_training,
+            exact=exact,
+            micro_batches=config.micro_batches if exact else world.ranks.world_size,
+            batch_size=config.batch_size,
+            ranks=world.ranks.world_size,
+        )
+        accuracy, tried = world.together(partial(check, bare, split, loss, named))
+        _compare_tries(world, tried)
+    return bare, split, named, own_data, accuracy
 
 
 def _compare_tries(world: World, tried: dict[str, float]) -> None:
