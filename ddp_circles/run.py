@@ -176,7 +176,7 @@ def _take_in(
     empty without; and True if accuracy means something. Raises the same `UserError` on all ranks.
     """
     # Each rank checks what it was given, and all raise what one finds.
-    split = world.together(partial(check_data, data)) if data is not None else None
+    split = world.together(lambda: check_data(data) if data is not None else None)
     named = world.together(partial(check_metrics, metrics))
     bare = world.together(partial(_make_model, config, model)).to(world.device)
     own_data = split.digest() if split is not None else ""

@@ -130,6 +130,7 @@ def bring_own(folder: Path) -> list[str]:
         {"metrics": {"error": squares}},
         {"model": Counting(activation=nn.Dropout(0.5 if odd else 0.0))},
         {"data": Split(spoiled, samples)},
+        {"data": Split(samples, samples) if odd else None},
     ]
     given = {"data": Split(samples, samples)}
     return [refusal(config, **({"model": Counting()} | given | own)) for own in brought]
@@ -150,6 +151,7 @@ def test_every_rank_must_bring_the_same(size: int, tmp_path: Path) -> None:
         "metrics= 'error' of data.train is ",
         f"rank {last} (host ",
         f"rank {last} (host ",
+        f"rank {last} was given other data than rank 0: make them alike",
     ]
     for said, beginning in zip(refusals[0], expected, strict=True):
         assert said.startswith(beginning), said
