@@ -23,7 +23,7 @@ from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, RunDirTakenError, 
 from ddp_circles.exact import ExactReducer, be_deterministic
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.faults import Fault, Rehearsal
-from ddp_circles.job.ranks import continuing_command, read_ranks, spell_ranks
+from ddp_circles.job.ranks import how_to_continue, read_ranks, spell_ranks
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import WAITED, Watch
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
@@ -35,6 +35,8 @@ from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
 from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, new_run_id
 from ddp_circles.terminal import warn
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,7 @@ def _fit_in_world(
         return Result(bare, found.state["metrics"], path, world.ranks.is_main)
     split = split or _make_points(config, world).to(world.device)
 
-    kind = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
-    optimizer = kind(bare.parameters(), lr=config.lr, fused=True)
+    optimizer = OPTIMIZERS[config.optimizer](bare.parameters(), lr=config.lr, fused=True)
     tally = LocalTally(world.device, metrics=metrics, accuracy=accuracy, exact=exact)
     samples = len(split.train.inputs)
     recorder = Recorder(
@@ -151,8 +152,10 @@ def _fit_in_world(
             )
     except StopRequestedError:
         recorder.close()
-        command = continuing_command(world.ranks, sys.orig_argv, path)
-        world.say(f"stopped after step {recorder.global_step(progress)}; to continue: {command}")
+        changes = {"run_dir": str(path)} if config.run_dir is None else {}
+        changes |= {"resume": "auto"} if config.resume == "never" else {}
+        again = how_to_continue(world.ranks, sys.orig_argv, changes)
+        world.say(f"stopped after step {recorder.global_step(progress)}; to continue: {again}")
         raise
     figures = recorder.metrics
     tested = ", ".join(f"{name} {figures[f'test/{name}']:.5f}" for name in ("loss", *metrics))

@@ -7,5 +7,7 @@ source "$(dirname "$0")/setup.sh"
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 [ "$gpus" -gt 0 ] || gpus=4
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's default, without its warning; --threads overrides it
+DDP_CIRCLES_COMMAND="${RANKS:+RANKS=$RANKS }bash $(printf %q "$0")" # for the message of a stop
+export DDP_CIRCLES_COMMAND
 id=$(</proc/sys/kernel/random/uuid)
 exec torchrun --rdzv-backend=loopback --rdzv-endpoint=localhost --rdzv-id="$id" --nproc-per-node="${RANKS:-$gpus}" -m ddp_circles.train "$@"

@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddp_circles.errors import UserError
-from ddp_circles.terminal import spell_numbers
+from ddp_circles.terminal import beside_python, spell_numbers
 
 LAUNCH_VARIABLE = "DDP_CIRCLES_START"
 """Set by launchers that restart the ranks by themselves: a name of the launch that survives restarts."""
+
+COMMAND_VARIABLE = "DDP_CIRCLES_COMMAND"
+"""Set by launch scripts: the command that starts the same training again, but for the trainer's flags."""
+
+MODULE = "ddp_circles.train"
+"""The trainer's command line, as it is named after `python -m`."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -202,15 +208,23 @@ def _store_host(environment: Mapping[str, str], nodes: int) -> str:
     return names.stdout.split()[0]
 
 
-def continuing_command(ranks: Ranks, words: list[str], run_dir: Path) -> str:
-    """The whole command that continues the run in `run_dir`, started by a process whose command line is `words`."""
-    if ranks.launcher == "torchrun":
-        nodes = f"--nnodes={ranks.nodes} " if ranks.nodes > 1 else ""
-        arguments = [word for word in words[1:] if word != "-u"]
-        command = f"torchrun {nodes}--nproc_per_node={ranks.local_world_size} {shlex.join(arguments)}"
+def how_to_continue(ranks: Ranks, words: list[str], changes: dict[str, str]) -> str:
+    """The whole command that continues a run, or the way to it, for a process whose command line is `words`.
+
+    `changes`: settings that a new start must have other than this one had.
+    """
+    if MODULE not in words:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        return "run the same program again" + (f", with Config({arguments})" if changes else "")
+    command, flags = words[: words.index(MODULE) + 1], words[words.index(MODULE) + 1 :]
+    for name, value in changes.items():
+        flags += [f"--{name.replace('_', '-')}", value]  # the later flag counts
+    if COMMAND_VARIABLE in os.environ:
+        start = os.environ[COMMAND_VARIABLE]
+    elif ranks.launcher == "torchrun" and ranks.nodes == 1:
+        start = f"{beside_python('torchrun')} --nproc_per_node={ranks.local_world_size} -m {MODULE}"
+    elif ranks.world_size == 1:
+        start = shlex.join(command)
     else:
-        command = shlex.join(words)
-    if any(word.removeprefix("--resume=") == "never" for word in words):
-        command += " --resume auto"  # the later flag counts
-    given = any(word.split("=")[0] in ("--run-dir", "--run_dir") for word in words)
-    return command if given else f"{command} --run-dir {shlex.quote(str(run_dir))}"
+        return f"start the same again, with the trainer's flags {shlex.join(flags)}"
+    return f"{start} {shlex.join(flags)}"

@@ -1,6 +1,9 @@
 """The user's own model and data, trained from a script: again and again, with mistakes, and to be continued."""
 
+import dataclasses
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 
 from ddp_circles import Config, Dataset, Split, fit
 from tests.harness.ranks import Job, free_port, run_ranks
-from tests.harness.runs import metrics
+from tests.harness.runs import metrics, status
 
 FEATURES = 3
 
@@ -54,6 +57,34 @@ def test_many_trainings_in_one_script(tmp_path: Path, name_folders: bool, agent_
     assert len({loss for _, loss in first}) == 4
     expected = [f"fold {fold}" for fold in range(4)] if name_folders else ["test", "test-2", "test-3", "test-4"]
     assert [name for name, _ in first] == expected
+
+
+def stop_in_second_epoch(run_dir: Path | None) -> None:
+    """Train and, as the user's own metric sees it, be asked to stop once training has got so far."""
+    calls = 0
+
+    def ask(logits: Tensor, targets: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 60 and is_first:
+            signal.raise_signal(signal.SIGTERM)
+        return logits.sum() * 0
+
+    is_first = os.environ["RANK"] == "0"
+    sys.orig_argv = ["python", "own.py"]
+    fit(dataclasses.replace(quietly(run_dir=run_dir), epochs=20), model=model(), data=samples(0), metrics={"ask": ask})
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_stopped_program_is_continued_as_it_says(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Job(stop_in_second_epoch, size, None) as job:
+        first = job.wait(120)[0]
+    assert status(Path("runs/test")) == "stopped", first.output
+    assert first.output.splitlines()[-1].endswith("again, with Config(run_dir='runs/test')")
+    with Job(stop_in_second_epoch, size, Path("runs/test")) as job:
+        second = job.wait(120)[0]
+    assert "continue after step" in second.output
 
 
 def train_on_data_of(seeds: dict[int, int], run_dir: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_stop_of_torchrun_stops_its_workers_and_prints_its_command(tmp_path: P
         assert command.workers() == []
     assert status(run_dir) == "stopped"
     flags = shlex.join([*TRAINER, *QUIET, *LONG])
-    continuing = f"torchrun --nproc_per_node=2 {flags} --run-dir 'runs/demo run'"
+    continuing = f"{Path(sys.executable).with_name('torchrun')} --nproc_per_node=2 {flags} --run-dir 'runs/demo run'"
     (line,) = [line for line in command.output.splitlines() if "to continue" in line]
     assert line == f"stopped after step {checkpoint_steps(run_dir)[0]}; to continue: {continuing}"
     assert "lost a peer" not in command.output
