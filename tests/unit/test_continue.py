@@ -10,8 +10,11 @@ from ddp_circles.job.ranks import COMMAND_VARIABLE, Ranks, how_to_continue
 
 TRAINER = ["-m", "ddp_circles.train", "--epochs", "9"]
 NEW_FOLDER = {"run_dir": "runs/a b"}
-TWO = {"world_size": 2, "local_world_size": 2}
 RUN_DIR = ["--run-dir", "runs/a b"]
+
+
+def two_ranks(launcher: str, nodes: int = 1) -> Ranks:
+    return Ranks(world_size=2, local_world_size=2, launcher=launcher, nodes=nodes)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +24,7 @@ RUN_DIR = ["--run-dir", "runs/a b"]
         (Ranks(), ["python", "-P", *TRAINER], NEW_FOLDER, ["python", "-P", *TRAINER, *RUN_DIR]),
         (Ranks(), ["python", *TRAINER, "--resume=never"], {"resume": "auto"},
          ["python", *TRAINER, "--resume=never", "--resume", "auto"]),
-        (Ranks(launcher="torchrun", **TWO), ["python", "-u", *TRAINER], NEW_FOLDER,
+        (two_ranks("torchrun"), ["python", "-u", *TRAINER], NEW_FOLDER,
          [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2", *TRAINER, *RUN_DIR]),
     ],
 )  # fmt: skip
@@ -39,12 +42,12 @@ def test_the_command_is_whole(
 
 def test_a_launch_script_is_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COMMAND_VARIABLE, "RANKS=3 bash launch/train.sh")
-    again = how_to_continue(Ranks(launcher="torchrun", **TWO), ["python", "-u", *TRAINER], NEW_FOLDER)
+    again = how_to_continue(two_ranks("torchrun"), ["python", "-u", *TRAINER], NEW_FOLDER)
     assert again == "RANKS=3 bash launch/train.sh --epochs 9 --run-dir 'runs/a b'"
 
 
 def test_several_nodes_are_told_the_flags() -> None:
-    again = how_to_continue(Ranks(launcher="srun", nodes=2, **TWO), ["python", *TRAINER], NEW_FOLDER)
+    again = how_to_continue(two_ranks("srun", nodes=2), ["python", *TRAINER], NEW_FOLDER)
     assert again == "start the same again, with the trainer's flags --epochs 9 --run-dir 'runs/a b'"
 
 
