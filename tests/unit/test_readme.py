@@ -10,7 +10,7 @@ from ddp_circles.config import Config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "slurm/README.md", ROOT / "benchmarks/README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "slurm/README.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")]
 
 
 def table(heading: str) -> list[list[str]]:
@@ -43,7 +43,7 @@ def test_every_promise_names_a_test_that_exists() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_are_not_broken(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)\)", document.read_text()):
-        if not target.startswith("http"):
+        if target and not target.startswith("http"):
             assert (document.parent / target).exists(), target
 
 
