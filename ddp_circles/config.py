@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,8 @@ class Config:
 
         Raises `UserError`, naming the flag, for a value of the wrong type or out of range.
         """
-        if isinstance(self.run_dir, str):
-            object.__setattr__(self, "run_dir", Path(self.run_dir))
+        if isinstance(self.run_dir, (str, Path)):
+            object.__setattr__(self, "run_dir", _folder(self.run_dir))
         if isinstance(self.hidden, list):
             object.__setattr__(self, "hidden", tuple(self.hidden))
         _check(self)
@@ -171,6 +172,18 @@ def _check(config: Config) -> None:
     require(config.wandb_project.strip() != "", "wandb_project", "a name")
     if config.fault is not None:
         Fault.parse(config.fault)
+
+
+def _folder(given: str | Path) -> Path:
+    """The folder that `given` means, with its ~ expanded; raises `UserError` for one that no run can be kept in."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(given)):
+        raise UserError(f"--run-dir must be a folder of a mounted file system, got {str(given)!r}")
+    if Path(given) == Path():
+        raise UserError("--run-dir must name a folder of its own, not be empty or the current folder")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:  # no such user, or nobody knows this one's home
+        raise UserError(f"--run-dir {given}: {error}") from None
 
 
 def flags_of(settings: Any) -> dict[str, object]:

@@ -296,3 +296,14 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 def test_a_fault_is_read_in_full() -> None:
     assert Fault.parse("stall@12:345") == Fault("stall", 12, 345)
+
+
+def test_the_run_directory_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert Config(run_dir="~/runs").run_dir == Path("/home/somebody/runs")  # type: ignore[arg-type]
+    assert recipe("circles", run_dir="runs/s3").run_dir == Path("runs/s3")
+    for wrong in ("", ".", "./", "s3://bucket/run", "gs:/x", "~nobody-of-this-name/x"):
+        with pytest.raises(UserError, match="--run-dir"):
+            Config(run_dir=wrong)  # type: ignore[arg-type]
+        with pytest.raises(SystemExit, match="2"):
+            parse_command_line([f"--run-dir={wrong}"])
