@@ -1,5 +1,9 @@
 """Errors that end a training early, and the exit codes of the command lines."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
 """Stopped by request, after a checkpoint."""
@@ -19,6 +23,17 @@ class FileError(OSError):
     def __str__(self) -> str:
         """The file and the reason, without the number of the error."""
         return f"{self.filename}: {self.strerror}"
+
+
+@contextmanager
+def naming(path: Path, *passing: type[OSError]) -> Iterator[None]:
+    """Turn an `OSError` in the body into a `FileError` about `path`, unless it is one of `passing`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, (FileError, *passing)):
+            raise
+        raise FileError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 class RunDirTakenError(Exception):
