@@ -151,13 +151,13 @@ class MetricsFile:
         if self._file.closed:
             return
         try:
-            self.flush()
+            with self._file:
+                self.flush()
         except OSError as error:
-            warn(f"{self.path} lacks the last epochs: {error.strerror}")
+            if not self._behind:  # else it was said
+                warn(f"{self.path} lacks the last epochs: {error.strerror}")
         except RunDirTakenError:
             pass  # the lines are not for the run that has it now
-        finally:
-            self._file.close()
 
     def _mend(self, rows: list[Row], epochs: int, last: Row) -> bytes:
         """Say what is lost of the first `epochs` lines; returns those of `rows` that the run can go on with."""

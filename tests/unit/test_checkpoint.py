@@ -168,9 +168,12 @@ def spoil(path: Path, damage: str) -> None:
         os.truncate(path, 60 * 2**30)
     else:
         path.unlink()
-        {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link to nowhere": lambda: path.symlink_to("/nowhere")}[
-            damage
-        ]()
+        if damage == "folder":
+            path.mkdir()
+        elif damage == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("/nowhere")
 
 
 def test_where_all_are_damaged_each_is_named(checkpoints: Checkpoints) -> None:

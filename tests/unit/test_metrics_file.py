@@ -113,9 +113,7 @@ def test_a_full_disk_costs_warnings_and_no_line(tmp_path: Path, capsys: pytest.C
         lines.log(row(4))
         lines.close()
     said = capsys.readouterr().err.splitlines()
-    assert [line.split()[2] for line in said[:2]] == ["1", "4"]  # once for each time that the disk is full
-    assert len(said) == 4
-    assert "lacks the last epochs" in said[3]
+    assert [line.split()[2] for line in said] == ["1", "4"]  # once for each time that the disk is full
 
 
 def test_lines_that_a_failed_sync_lost_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
