@@ -1,5 +1,9 @@
 """Errors that end a training early, and the exit codes of the command lines."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
 """Stopped by request, after a checkpoint."""
@@ -11,6 +15,25 @@ class UserError(ValueError):
 
 class OutOfRangeError(ArithmeticError):
     """A gradient, loss or metric that is not finite, or too large for the exact sums; raised on all ranks alike."""
+
+
+class FileError(OSError):
+    """A file that cannot be read or written; its text names the file and the reason."""
+
+    def __str__(self) -> str:
+        """The file and the reason, without the number of the error."""
+        return f"{self.filename}: {self.strerror}"
+
+
+@contextmanager
+def naming(path: Path, *passing: type[OSError]) -> Iterator[None]:
+    """Turn an `OSError` in the body into a `FileError` about `path`, unless it is one of `passing`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, (FileError, *passing)):
+            raise
+        raise FileError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 class RunDirTakenError(Exception):

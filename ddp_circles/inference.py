@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from ddp_circles.config import Config, read_toml
 from ddp_circles.data import make_points
-from ddp_circles.errors import UserError
+from ddp_circles.errors import FileError, UserError, naming
 from ddp_circles.models import Classifier, class_count, labels_of, probabilities_of
+from ddp_circles.reading import read_bytes
 from ddp_circles.records.files import replacing
 from ddp_circles.terminal import visible
 
 COORDINATES = ("x1", "x2")
 LARGEST = torch.finfo(torch.float32).max
+OWN_MODEL_BYTES = 2**28
+"""Beyond the model of the configuration: a file up to here is read, to say how a model of the user's own differs."""
 BLOCK_ROWS = 8192
 """Rows of a CSV file that are predicted at once: memory does not grow with the file."""
 LONGEST_LINE = 1 << 16
@@ -71,30 +74,34 @@ def load_model(run_dir: Path) -> tuple[Config, nn.Module]:
     if not run_dir.is_dir():
         raise UserError(f"there is no run directory {run_dir}")
     config = _read_config(run_dir / "config.toml")
-    weights = _read_weights(run_dir / "model.safetensors")
     torch.set_num_threads(config.threads)
-    model = Classifier(len(COORDINATES), config.hidden, config.activation, class_count(config.dataset))
-    _check_weights(weights, model.state_dict(), run_dir)
-    model.load_state_dict(weights)
+    with torch.device("meta"):  # shapes alone
+        model = Classifier(len(COORDINATES), config.hidden, config.activation, class_count(config.dataset))
+    expected = model.state_dict()
+    limit = sum(weight.nbytes for weight in expected.values()) + OWN_MODEL_BYTES
+    weights = _read_weights(run_dir / "model.safetensors", limit)
+    _check_weights(weights, expected, run_dir)
+    model.load_state_dict(weights, assign=True)
     return config, model.eval()
 
 
 def _read_config(path: Path) -> Config:
-    if not path.exists():
-        raise UserError(f"{path.parent} is not a run directory: it has no {path.name}")
     try:
+        with naming(path):
+            if not path.exists():
+                raise UserError(f"{path.parent} is not a run directory: it has no {path.name}")
         return Config(**read_toml(path))
-    except UserError as error:
+    except (FileError, UserError) as error:
         raise UserError(str(error).removeprefix("--config ")) from None
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path, limit: int) -> dict[str, Tensor]:
     try:
-        return load(path.read_bytes())
+        return load(read_bytes(path, limit))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}: the run is not finished; continue it first") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    except (FileError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
 def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], run_dir: Path) -> None:

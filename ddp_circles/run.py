@@ -19,7 +19,7 @@ from ddp_circles import loop
 from ddp_circles.config import Config, flags_of
 from ddp_circles.contract import TOLERANCE, check_data, check_metrics, check_model, check_training
 from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
-from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
+from ddp_circles.errors import EXIT_STOPPED, FileError, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.faults import Fault, Rehearsal
@@ -120,10 +120,13 @@ def _fit_in_world(
     recorder = Recorder(
         watch=watch,
         rehearsal=Rehearsal(fault, path / "fault", bare) if fault and fault.rank == world.ranks.rank else None,
-        writer=_make_writer(config, world, found, bare, optimizer) if world.ranks.is_main else None,
+        writer=world.together(
+            lambda: _make_writer(config, world, found, bare, optimizer) if world.ranks.is_main else None
+        ),
         steps_per_epoch=-(-samples // (config.batch_size or samples)),
         train_seconds=found.state.get("train_seconds", 0.0),
         metrics=found.state.get("metrics", {}),
+        checkpoint_step=found.state.get("global_step"),
     )
     at_end.callback(recorder.close)
     training = loop.Training(
@@ -155,7 +158,7 @@ def _fit_in_world(
         changes = {"run_dir": str(path)} if config.run_dir is None else {}
         changes |= {"resume": "auto"} if config.resume == "never" else {}
         again = how_to_continue(world.ranks, sys.orig_argv, changes)
-        world.say(f"stopped after step {recorder.global_step(progress)}; to continue: {again}")
+        world.say(f"stopped after step {recorder.describe_stop(progress)}; to continue: {again}")
         raise
     figures = recorder.metrics
     tested = ", ".join(f"{name} {figures[f'test/{name}']:.5f}" for name in ("loss", *metrics))
@@ -334,8 +337,9 @@ def _telling_others(world: World, watch: Watch) -> Iterator[None]:
         raise
     except StopRequestedError:
         raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
-    except (OutOfRangeError, RunDirTakenError) as error:
-        watch.say(str(error))
+    except (OutOfRangeError, RunDirTakenError, FileError) as error:
+        advice = ". When that is put right, the same command goes on from the last checkpoint"
+        watch.say(f"{error}{advice if isinstance(error, FileError) else ''}")
         watch.last_words(f"raised {type(error).__name__}")
         raise SystemExit(1) from None
     except Exception as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ddp_circles.errors import UserError
+from ddp_circles.errors import UserError, naming
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,10 +56,13 @@ class Rehearsal:
 
     def reach(self, step: int) -> None:
         """Let the fault happen if `step` is its step and it has not happened yet."""
-        if step != self.fault.step or self.marker.exists():
+        if step != self.fault.step:
             return
-        with self.marker.open("x") as file:
-            os.fsync(file.fileno())
+        with naming(self.marker):
+            if self.marker.exists():
+                return
+            with self.marker.open("x") as file:
+                os.fsync(file.fileno())
         if self.fault.kind == "raise":
             raise InjectedFaultError(f"--fault asked for this in step {step}")
         if self.fault.kind == "nan":

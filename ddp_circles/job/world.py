@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from ddp_circles.errors import UserError
+from ddp_circles.errors import FileError, UserError
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
 from ddp_circles.job.ranks import Ranks, set_thread_variables, spell_ranks
 from ddp_circles.job.store import open_store
@@ -163,10 +163,10 @@ class World:
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
-    """The result of `action`, or the text of its `UserError`."""
+    """The result of `action`, or the text of its `UserError`, or of a file that cannot be used."""
     try:
         return action(), ""
-    except UserError as error:
+    except (UserError, FileError) as error:
         return None, str(error)
 
 

@@ -9,10 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypedDict
 
-from ddp_circles.errors import RunDirTakenError
+from ddp_circles.errors import RunDirTakenError, naming
+from ddp_circles.reading import read_bytes
 from ddp_circles.records.files import write_atomically
 from ddp_circles.terminal import spell_numbers, visible, warn
 
+LONGEST_METRICS = 2**30
+"""Bytes of the longest file that is read: millions of epochs."""
 Row = dict[str, float | int]
 """One epoch's line; its keys are those of metrics.jsonl."""
 
@@ -36,7 +39,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+    try:
+        return read_bytes(path, LONGEST_METRICS)
+    except FileNotFoundError:
+        return b""
 
 
 def _rows_in(content: bytes) -> list[Row]:
@@ -72,7 +78,7 @@ def _is_whole(content: bytes, seal: Seal, epochs: int) -> bool:
 class MetricsFile:
     """The metrics file: one JSON object per epoch, each epoch once.
 
-    Opening it drops the lines of epochs from `keep_below_epoch` on, which the run will log again; raises `OSError`. A
+    Opening it drops the lines of epochs from `keep_below_epoch` on, which the run will log again; raises `FileError`. A
     line that cannot be written, for instance on a full disk, is a warning, and is written together with the next one.
     `seal`: that of the checkpoint to continue from, if it has one; lines that were lost or changed since are a warning.
     `last`: the checkpoint's last line, whose keys all lines should have. `check`: called before every change; raises
@@ -98,37 +104,41 @@ class MetricsFile:
             kept = content[: seal["bytes"]]
         else:
             kept = self._mend(rows, keep_below_epoch, last or {})
-        if path.is_symlink() or not path.is_file() or content != kept:
-            write_atomically(path, kept)
-        self._file = open(path, "r+b", buffering=0, opener=_open_no_link)  # noqa: SIM115
+        with naming(path):
+            if path.is_symlink() or not path.is_file() or content != kept:
+                write_atomically(path, kept)
+            self._file = open(path, "r+b", buffering=0, opener=_open_no_link)  # noqa: SIM115
         self._durable = len(kept)
         self._digest = sha256(kept)
         """SHA-256 of the durable lines and those in `_tail`."""
         self._tail = bytearray()
         """Whole lines that belong behind the durable bytes; the first `_written` bytes of them are in the file."""
         self._written = 0
+        self._behind = False
+        """True while the file lacks lines that were to be written."""
 
     def log(self, row: Row) -> None:
-        """Append one line in a single write."""
-        self._check()
+        """Append one line in a single write; of several in a row that cannot be written, the first is a warning."""
         line = _as_line(row)
         self._tail += line
         self._digest.update(line)
         try:
+            self._check()
             self._write()
         except OSError as error:
-            warn(f"epoch {row['epoch']} is not in {self.path} yet: {error.strerror}; it will be tried again")
+            if not self._behind:
+                warn(f"epoch {row['epoch']} is not in {self.path} yet: {error.strerror}; it will be tried again")
+            self._behind = True
 
     def flush(self) -> None:
-        """Put every line logged so far on the disk; raises `OSError` if one of them cannot be."""
+        """Put every line logged so far on the disk; raises `FileError` if one of them cannot be."""
         self._check()
         try:
-            self._write()
-            os.fsync(self._file.fileno())
+            with naming(self.path):
+                self._write()
+                os.fsync(self._file.fileno())
             self._durable += len(self._tail)
             self._tail.clear()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
         finally:
             self._written = 0  # after a failed fsync nobody knows which bytes were kept: all are written again
 
@@ -141,13 +151,13 @@ class MetricsFile:
         if self._file.closed:
             return
         try:
-            self.flush()
+            with self._file:
+                self.flush()
         except OSError as error:
-            warn(f"{self.path} lacks the last epochs: {error.strerror}")
+            if not self._behind:  # else it was said
+                warn(f"{self.path} lacks the last epochs: {error.strerror}")
         except RunDirTakenError:
             pass  # the lines are not for the run that has it now
-        finally:
-            self._file.close()
 
     def _mend(self, rows: list[Row], epochs: int, last: Row) -> bytes:
         """Say what is lost of the first `epochs` lines; returns those of `rows` that the run can go on with."""
@@ -173,4 +183,4 @@ class MetricsFile:
         if missing and os.pwrite(self._file.fileno(), missing, start) < len(missing):
             self._file.truncate(start)
             raise OSError(errno.ENOSPC, "no space left for a whole line")
-        self._written = len(self._tail)
+        self._written, self._behind = len(self._tail), False

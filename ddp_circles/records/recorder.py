@@ -48,6 +48,8 @@ class Recorder:
     train_seconds: float
     metrics: Row
     """The last epoch's line."""
+    checkpoint_step: int | None
+    """Global step of the newest checkpoint; None while there is none."""
     _training: bool = False
     _epoch_began: float = 0.0
     _epoch_train_seconds: float = 0.0
@@ -132,6 +134,15 @@ class Recorder:
             "train_seconds": self.train_seconds + self._training * (time.monotonic() - self._epoch_began),
         }
         writer.run_dir.checkpoints.save(state, step)
+        self.checkpoint_step = step
+
+    def describe_stop(self, progress: Progress) -> str:
+        """The step at which the run has stopped and, where that could not be saved, the step of the last checkpoint."""
+        step, saved = self.global_step(progress), self.checkpoint_step
+        if self.writer is None or saved == step:
+            return str(step)
+        last = "there is no checkpoint" if saved is None else f"the last checkpoint is step {saved}"
+        return f"{step}, not saved; {last}"
 
     # ---- from the beginning of a run to its end
 
@@ -153,13 +164,13 @@ class Recorder:
             try:
                 writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
             except (OSError, RunDirTakenError) as second:  # the first error is the one that ends the run
-                warn(f"the file status cannot be written: {second}")
+                warn(f"the status stays as it was: {second}")
             raise
 
     def finish(self, progress: Progress, *, summary: dict[str, Any], draw: Callable[[], None]) -> None:
         """Write the last checkpoint, the model, the summary and, with `draw`, the pictures; then the status.
 
-        Raises `OSError` if one of them cannot be written.
+        Raises `FileError` if one of them cannot be written; the pictures are left out then, with a warning.
         """
         if (writer := self.writer) is None:
             return
@@ -168,7 +179,10 @@ class Recorder:
         summary = {**self.metrics, "weights_sha256": digest, **summary}
         writer.run_dir.write("summary.json", json.dumps(summary, indent=2) + "\n")
         writer.run_dir.check()
-        draw()
+        try:
+            draw()
+        except OSError as error:
+            warn(f"a picture is left out: {error}")
         writer.run_dir.set_status("finished")
         writer.console.close()
         writer.follower.wait(FINISHED_SECONDS)

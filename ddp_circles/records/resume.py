@@ -46,11 +46,20 @@ class Found:
             ) from None
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
-        """Load the checkpoint's state; returns how far the run has come."""
+        """Load the checkpoint's state; returns how far the run has come.
+
+        Raises `UserError` if model or optimizer are others than the run began with.
+        """
         if not self.state:
             return Progress()
         self.restore_model(model)
-        optimizer.load_state_dict(self.state["optimizer"])
+        try:
+            optimizer.load_state_dict(self.state["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # as the optimizer's code meets it
+            raise UserError(
+                f"{self.run_dir.path} holds a run with another optimizer: the state does not fit. Choose another "
+                "--run-dir"
+            ) from None
         return Progress(self.state["epoch"], self.state["step"], Tally(*self.state["train"]))
 
 

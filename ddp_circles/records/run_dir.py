@@ -1,21 +1,25 @@
 """The run directory: one writer at a time, and files that are whole or absent. Only rank 0 writes here."""
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import secrets
 import socket
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, contiguous_format
 
-from ddp_circles.errors import RunDirTakenError, UserError
+from ddp_circles.errors import FileError, RunDirTakenError, UserError, naming
+from ddp_circles.reading import LONGEST, read_text
 from ddp_circles.records.checkpoint import Checkpoints
-from ddp_circles.records.files import flush_names, read_short, sweep, write_atomically
+from ddp_circles.records.files import check_places, flush_names, overwrite, sweep, write_atomically
 from ddp_circles.terminal import visible
 
 Status = Literal["running", "stopped", "finished", "failed"]
@@ -42,25 +46,39 @@ class RunDir:
         another run still holds it after `LOCK_WAIT_SECONDS`.
         """
         try:
-            if self.status is None and (foreign := self.path / "config.toml").exists():
+            check_places(self.path)
+            foreign = self.path / "config.toml"
+            if self.status is None and not self.checkpoints.files() and foreign.exists():
                 raise UserError(f"--run-dir {self.path} would overwrite {foreign}, which is no run's: choose another")
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(OSError):  # a folder above may be unreadable
                 for folder in (self.path, self.path.parent):
                     flush_names(folder)
             if not os.access(self.path, os.W_OK | os.X_OK):
-                raise PermissionError("no permission to write")
-            at_end.enter_context(FileLock(self.path / ".lock").acquire(timeout=LOCK_WAIT_SECONDS))
+                raise PermissionError(errno.EACCES, "no permission to write")
+            self._lock(at_end)
             write_atomically(self._holder, self._mark.encode())  # a rename, which follows no link
             sweep(self.path)
             sweep(self.checkpoints.folder)
+        except OSError as error:
+            raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None
+
+    def _lock(self, at_end: ExitStack) -> None:
+        """Take the lock; raises `UserError` if another run holds it after `LOCK_WAIT_SECONDS`."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # about a file system without locks, as below
+                at_end.enter_context(lock.acquire(timeout=LOCK_WAIT_SECONDS))
         except Timeout:
             name = "another process"
             with contextlib.suppress(OSError):  # it may have just taken the lock, and not written its name yet
-                name = _name_in(read_short(self._holder)) or name
-            raise UserError(f"--run-dir {self.path} is in use by {name}: wait for it, or choose another") from None
+                name = _name_in(read_text(self._holder, LONGEST)) or name
+            advice = "wait for it, or choose another"
+            if isinstance(lock, SoftFileLock):  # in place of the other, where the file system knows no locks
+                advice += f"; if it no longer runs, remove {self.path / '.lock'}, which nobody else does here"
+            raise UserError(f"--run-dir {self.path} is in use by {name}: {advice}") from None
         except OSError as error:
-            raise UserError(f"--run-dir {self.path} cannot be written: {error}") from None
+            raise FileError(error.errno, f"it cannot be locked: {error.strerror}", str(self.path / ".lock")) from None
 
     def check(self) -> None:
         """Raise `RunDirTakenError` if another folder is at `path` by now, or another start holds it.
@@ -68,8 +86,12 @@ class RunDir:
         The lock cannot tell: this process keeps it on a file that was removed, while others lock a new one.
         """
         try:
-            found = read_short(self._holder)
-        except (FileNotFoundError, NotADirectoryError):
+            found = read_text(self._holder, LONGEST)
+        except FileNotFoundError:
+            found = ""
+        except FileError as error:
+            if error.errno != errno.ENOTDIR:
+                raise
             found = ""
         if found != self._mark:
             how = f"taken by another run ({_name_in(found)})" if found else "removed"
@@ -77,15 +99,22 @@ class RunDir:
 
     @property
     def status(self) -> str | None:
-        """The word in the file `status`; None where there is none."""
-        try:
-            return read_short(self.path / "status").strip()
-        except FileNotFoundError:
-            return None
+        """The word in the file `status`; None where there is none of a run's."""
+        with contextlib.suppress(OSError):
+            word = read_text(self.path / "status", LONGEST).strip()
+            return word if word in get_args(Status) else None
+        return None
 
     def set_status(self, status: Status) -> None:
-        """Write the state of the run, one word."""
-        self.write("status", f"{status}\n")
+        """Write the state of the run, one word; over the old one where there is no space for a new file."""
+        word = f"{status}\n"
+        try:
+            self.write("status", word)
+        except FileError as error:
+            try:
+                overwrite(self.path / "status", word.encode())
+            except OSError:  # the first error is the one to tell
+                raise error from None
 
     def write(self, name: str, text: str) -> None:
         """Replace the file `name` by `text`."""
@@ -104,12 +133,18 @@ class RunDir:
     def clear(self) -> None:
         """Delete what an earlier run left, so that a new one starts from nothing."""
         self.set_status("running")  # first, lest a finished run's word stays where its results are gone
-        for checkpoint in sorted(self.checkpoints.folder.iterdir(), reverse=True):
-            checkpoint.unlink()
-        for stale in (self.metrics, self.model, self.path / "summary.json", self.path / "fault"):
-            stale.unlink(missing_ok=True)
+        for stale in (
+            *self.checkpoints.files(),
+            self.metrics,
+            self.model,
+            self.path / "summary.json",
+            self.path / "fault",
+        ):
+            with naming(stale):
+                stale.unlink(missing_ok=True)
 
 
 def _name_in(holder: str) -> str:
-    """The process and host that the text of a holder's file names."""
-    return visible(holder.partition("\n")[0])
+    """The process and host that the text of a holder's file names; empty if it is another file's."""
+    named = re.match(r"process \d+ on \S+\n", holder)
+    return visible(named[0].rstrip()) if named else ""

@@ -5,7 +5,6 @@ again later, for instance on a machine with a network. Imports no torch.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -16,7 +15,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ddp_circles.errors import EXIT_BAD_INPUT, UserError
+from ddp_circles.errors import EXIT_BAD_INPUT, FileError, UserError
+from ddp_circles.reading import LONGEST, read_json
+from ddp_circles.records.files import check_places
 from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode
 from ddp_circles.terminal import visible, visible_lines
 
@@ -40,7 +41,7 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         _copy(chosen.run_dir, chosen.wandb, chosen.follow)
-    except UserError as error:
+    except (UserError, FileError, FileNotFoundError) as error:
         print(f"error: {visible_lines(str(error))}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except (Exception, KeyboardInterrupt) as error:
@@ -51,6 +52,7 @@ def main() -> None:
 
 def _copy(run_dir: Path, wanted: str, trainer: int | None) -> None:
     run = _read_run(run_dir)
+    check_places(run_dir)
     mode = choose_mode(wanted)
     if mode == "disabled":
         raise UserError("Weights & Biases is disabled here: give --wandb online or --wandb offline")
@@ -75,12 +77,15 @@ def _copy(run_dir: Path, wanted: str, trainer: int | None) -> None:
 def _read_run(run_dir: Path) -> dict[str, Any]:
     """The run's `run_id`, `project` and `config`."""
     try:
-        run = json.loads((run_dir / RUN_FILE).read_bytes())
-        return {name: run[name] for name in ("run_id", "project", "config")}
+        run = read_json(run_dir / RUN_FILE, LONGEST)
+        kinds = {"run_id": str, "project": str, "config": dict}
+        if not isinstance(run, dict) or not all(isinstance(run.get(name), kind) for name, kind in kinds.items()):
+            raise UserError(f"{run_dir / RUN_FILE} cannot be read: a training writes {', '.join(kinds)} there")
+        return {name: run[name] for name in kinds}
     except FileNotFoundError:
         raise UserError(f"{run_dir} is not a run directory: it has no {RUN_FILE}") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{run_dir / RUN_FILE} cannot be read: {type(error).__name__}: {error}") from None
+    except FileError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _refuse_if_training(run_dir: Path) -> None:

@@ -1,7 +1,6 @@
 """A run at Weights & Biases, or its offline copy, made from `metrics.jsonl` and the files beside it."""
 
 import glob
-import json
 import os
 import shlex
 import shutil
@@ -12,7 +11,8 @@ from typing import Any, Literal
 
 import wandb
 
-from ddp_circles.records.metrics_file import Row, parse_rows
+from ddp_circles.reading import LONGEST, opened, read_json, read_text
+from ddp_circles.records.metrics_file import LONGEST_METRICS, Row, parse_rows
 from ddp_circles.records.wandb_follower import FINISHED_SECONDS
 from ddp_circles.terminal import visible
 
@@ -94,7 +94,7 @@ def _follow(run_dir: Path, trainer: int | None) -> Iterator[list[Row]]:
     The file stays open: a later start of the run puts another one in its place if it drops lines.
     """
     over, torn_line = False, b""
-    with (run_dir / "metrics.jsonl").open("rb") as file:
+    with opened(run_dir / "metrics.jsonl", LONGEST_METRICS) as file:
         while not over:
             # Before the read, since all rows are there when the run is over.
             over = _read_status(run_dir) in ("finished", "stopped", "failed") or os.getppid() != trainer
@@ -105,7 +105,7 @@ def _follow(run_dir: Path, trainer: int | None) -> Iterator[list[Row]]:
 
 
 def _read_status(run_dir: Path) -> str:
-    return (run_dir / "status").read_text().strip()
+    return read_text(run_dir / "status", LONGEST).strip()
 
 
 def _complete(run: wandb.Run, run_dir: Path, last_step: int | None, *, drawn: bool) -> None:
@@ -115,7 +115,7 @@ def _complete(run: wandb.Run, run_dir: Path, last_step: int | None, *, drawn: bo
     on_server = last_step is None and all(run.summary.get(name) for name in images)  # type: ignore[no-untyped-call]
     if images and not on_server:
         run.log(images, step=last_step)  # beside the last epoch's figures, which are still open
-    run.summary.update(json.loads((run_dir / "summary.json").read_bytes()))
+    run.summary.update(read_json(run_dir / "summary.json", LONGEST))
     model = wandb.Artifact(f"model-{run.id}", type="model")
     model.add_file(str(run_dir / "model.safetensors"), policy="immutable", skip_cache=True)
     run.log_artifact(model)

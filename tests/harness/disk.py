@@ -16,10 +16,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tests.harness.runs import QUIET, train_hastily
+from tests.harness.runs import QUIET, train_hastily, train_plain
 
 WRITES = ("write", "pwrite")
 CHANGES = (
@@ -38,7 +39,7 @@ CHANGES = (
 READS = ("read", "stat", "listdir", "scandir")
 NOT_YET = ("link", "symlink", "mkfifo", "mknod", "writev", "pwritev", "sendfile", "copy_file_range", "posix_fallocate")
 """Calls that change files and that nothing here understands."""
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES)
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE)
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Fail:
     """Fails the operation `number` with `error`, and those after it if `lasting`.
 
     An error that does not keep anyone from reading becomes EIO where a reading operation is the first to fail. A full
-    disk takes half of what the first write gives it.
+    disk takes half of what the first write gives it, and what needs no more space.
     """
 
     number: int
@@ -217,12 +218,51 @@ class Fail:
             if self.begun:
                 return perform()
             self.error = errno.EIO
+        if self.begun and self.error == errno.ENOSPC and not needs_space(operation):
+            return perform()
         if not self.begun:
             _note(f"{errno.errorcode[self.error]} {'from now on' if self.lasting else 'once'}: {operation}")
         first, self.begun = not self.begun, True
         if first and self.error == errno.ENOSPC and operation.call in WRITES and len(operation.data) > 1:
             return perform(operation.data[: len(operation.data) // 2])
         raise OSError(self.error, os.strerror(self.error), operation.path)
+
+
+def needs_space(operation: Operation) -> bool:
+    """True for what a full disk refuses: new names, and bytes beyond the end of a file."""
+    if operation.call in WRITES:
+        assert operation.descriptor is not None
+        return operation.start + len(operation.data) > os.fstat(operation.descriptor).st_size
+    return operation.call == "mkdir" or (operation.call == "open" and bool(operation.flags & os.O_CREAT))
+
+
+@dataclass
+class Refuse:
+    """Fails the `calls` on paths that match one of the `patterns` with `error`, each time."""
+
+    error: int
+    calls: tuple[str, ...]
+    patterns: tuple[str, ...]
+
+    def __call__(self, operation: Operation, perform: Perform) -> Any:
+        if operation.call in self.calls and any(fnmatch(operation.path, pattern) for pattern in self.patterns):
+            raise OSError(self.error, os.strerror(self.error), operation.path)
+        return perform()
+
+
+@dataclass
+class Full:
+    """A disk that is full from the operation on that names a file like `pattern` for good."""
+
+    pattern: str
+    begun: bool = False
+
+    def __call__(self, operation: Operation, perform: Perform) -> Any:
+        if self.begun and needs_space(operation):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), operation.path)
+        result = perform()
+        self.begun = self.begun or (operation.call == "replace" and fnmatch(operation.target, self.pattern))
+        return result
 
 
 NOTE = "rehearsal: "
@@ -241,6 +281,12 @@ def train_watched(handle: Handler, defect: Callable[[], None] | None, run_dir: P
         defect()
     watch(run_dir, handle if os.environ["RANK"] == "0" else _only_read)
     train_hastily("--run-dir", run_dir, *QUIET, *flags)
+
+
+def train_plain_watched(handle: Handler, run_dir: Path, *flags: object) -> None:
+    """The same in a process that knows of no launcher."""
+    watch(run_dir, handle)
+    train_plain("--run-dir", run_dir, *QUIET, *flags)
 
 
 def _only_read(operation: Operation, perform: Perform) -> Any:

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from ddp_circles.errors import EXIT_STOPPED
+from ddp_circles.job.faults import InjectedFaultError, Rehearsal
 from ddp_circles.records import files
 from ddp_circles.records.metrics_file import MetricsFile
 from tests.harness.disk import (
@@ -24,19 +26,22 @@ from tests.harness.disk import (
     Content,
     Disk,
     Fail,
+    Full,
     Handler,
     Kill,
     Operation,
     Perform,
     Record,
+    Refuse,
     count_moments,
     lay_out,
     read,
     read_journal,
+    train_plain_watched,
     train_watched,
 )
 from tests.harness.ranks import Job, Outcome
-from tests.harness.runs import Bits, bits, finish, run, status
+from tests.harness.runs import PLAIN, Bits, bits, finish, run, status
 
 SMALL = ("--n-samples=50", "--batch-size=16", "--epochs=3", "--micro-batches=4", "--checkpoint-steps=2")
 """9 steps in 3 epochs; 6 checkpoints, of which 3 are dropped."""
@@ -168,14 +173,23 @@ def fail_and_resume(scene: Scene, number: int, seed: int, run_dir: Path) -> bool
         assert scene.name != "resumed" or "continue after step" in first.output, first.output
     else:
         assert failed, first.output
-        assert os.strerror(getattr(errno, failed[1])) in first.output
-        # A mistake of the user's, such as a folder without permission, is one message.
-        assert first.code == (1 if "Traceback" in first.output else 2), first.output
-        assert len(re.findall("^error: ", first.output, re.MULTILINE)) == (first.code == 2), first.output
-        if scene.name == "new" and not fail.lasting and (run_dir / "status").exists():
+        check_refusal(first, os.strerror(getattr(errno, failed[1])), run_dir)
+        gets_out = not fail.lasting or fail.error == errno.ENOSPC
+        if scene.name == "new" and gets_out and (run_dir / "status").exists():
             assert status(run_dir) == "failed", first.output
     resume(scene, dice.choice(SIZES), run_dir)
     return failed is not None
+
+
+def check_refusal(first: Outcome, reason: str, run_dir: Path) -> None:
+    """One message, without a traceback, that names a file and the reason."""
+    assert first.code in (1, 2), first.output
+    assert "Traceback" not in first.output
+    speaker = "error: " if first.code == 2 else "rank 0: "
+    said = re.findall(f"^{speaker}.*", first.output, re.MULTILINE)
+    assert len(said) == 1, first.output
+    assert str(run_dir) in said[0]
+    assert reason in said[0] or "no space left for a whole line" in said[0], said
 
 
 Disturbance = Callable[[Scene, int, int, Path], bool]
@@ -220,6 +234,77 @@ def test_all_disturbances(scene: Scene, disturb: Disturbance, tmp_path: Path, py
     print(f"seed {seed}")
     total = how_many(disturb, scene, seed)
     assert rehearse(disturb, scene, range(1, total + 2), seed, tmp_path) == total
+
+
+# ---- a disk that stays full, or refuses one file
+
+
+STEP_4 = "checkpoints/step-000000000004.checkpoint"
+ENDLESS = ("--epochs=1000000",)
+
+
+@pytest.mark.parametrize("size", [PLAIN, 1, 2, 3])
+def test_a_stop_on_a_full_disk_says_what_is_saved(tmp_path: Path, size: int) -> None:
+    arguments = (Full(STEP_4), *(() if size == PLAIN else (None,)), tmp_path, *SMALL, *ENDLESS)
+    with Job(train_plain_watched if size == PLAIN else train_watched, max(1, size), *arguments) as job:
+        job.wait_until(lambda: "no checkpoint after step 8" in job.output(0))
+        job.signal(signal.SIGTERM)
+        first, *others = job.wait(ENDS_WITHIN)
+    assert first.code == (EXIT_STOPPED if size == PLAIN else 0), first.output
+    assert re.search(
+        r"^stopped after step \d+, not saved; the last checkpoint is step 4; to continue: ", first.output, re.MULTILINE
+    )
+    assert "Traceback" not in first.output
+    assert [(other.code, other.output) for other in others] == [(0, "")] * len(others)
+    assert status(tmp_path) == "stopped"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_on_a_full_disk_the_first_error_counts(tmp_path: Path, size: int) -> None:
+    fault = f"--fault=raise@{size - 1}:7"
+    first, *_, last = watched(Full(STEP_4), size, tmp_path, *ENDLESS, fault, defect=forget_the_fault)
+    assert first.code == 1
+    assert f"lost a peer: rank {size - 1} " in first.output
+    assert "raised InjectedFaultError" in first.output
+    assert "Traceback" not in first.output
+    assert "InjectedFaultError: --fault asked for this in step 7" in last.output
+    assert status(tmp_path) == "failed"
+
+
+def forget_the_fault() -> None:
+    """Let a planned fault happen without a file that remembers it, which only rank 0 could write here."""
+
+    def reach(rehearsal: Rehearsal, step: int) -> None:
+        if step == rehearsal.fault.step:
+            raise InjectedFaultError(f"--fault asked for this in step {step}")
+
+    setattr(Rehearsal, "reach", reach)  # noqa: B010 - a plain assignment has another type
+
+
+FINAL_FILES = ("metrics.jsonl", "checkpoints/step-000000000009.checkpoint", "model.safetensors", "summary.json")
+
+
+@pytest.mark.parametrize("size, name", list(zip((1, 2, 3, 1), FINAL_FILES, strict=True)))
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.ESTALE])
+def test_final_files_that_cannot_be_written_are_named(tmp_path: Path, size: int, name: str, error: int) -> None:
+    file = name.rpartition("/")[2]
+    handle = Refuse(error, ("pwrite",) if name == "metrics.jsonl" else ("write", "replace"), (f"*{file}*",))
+    first, *others = watched(handle, size, tmp_path, "--checkpoint-seconds=1000")
+    check_refusal(first, os.strerror(error), tmp_path / name)
+    assert first.code == 1
+    assert "the same command goes on from the last checkpoint" in first.output
+    assert [(other.code, other.output) for other in others] == [(0, "")] * len(others)
+    assert status(tmp_path) == "failed"
+    outcome, *_ = run(size, tmp_path, *SMALL)
+    assert "continue after step " in outcome.output
+    assert bits(tmp_path) == finish(1, tmp_path / "undisturbed", *SMALL)
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_folders_is_good_enough(tmp_path: Path, error: int) -> None:
+    first, *_ = watched(Refuse(error, ("fsync",), (".", "checkpoints")), 2, tmp_path / "run")
+    assert (first.code, "warning" in first.output) == (0, False), first.output
+    assert bits(tmp_path / "run") == finish(1, tmp_path / "undisturbed", *SMALL)
 
 
 # ---- faults that these rehearsals have found

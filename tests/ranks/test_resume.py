@@ -206,6 +206,7 @@ def damage(path: Path, kind: str) -> None:
     content = path.read_bytes()
     if kind == "malicious":
         content = pickle.dumps(Malicious(path.with_name("trap")))
+        content = len(content).to_bytes(8) + content
         content = hashlib.sha256(content).digest() + content
     else:
         middle = len(content) // 2

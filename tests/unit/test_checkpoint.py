@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddp_circles.errors import RunDirTakenError, UserError
+from ddp_circles.plain import to_bytes
 from ddp_circles.records import checkpoint as checkpoint_module
 from ddp_circles.records import run_dir as run_dir_module
-from ddp_circles.records.checkpoint import KEEP, Checkpoints, decode, encode
+from ddp_circles.records.checkpoint import FORM, KEEP, VERSION, Checkpoints, decode, encode
 from ddp_circles.records.files import sweep, write_atomically
 from ddp_circles.records.run_dir import RunDir
 from tests.harness.ranks import Job
@@ -27,9 +28,17 @@ from tests.harness.ranks import Job
 STATE: dict[str, Any] = {
     "model": {"weight": torch.tensor([1.0, -0.0, torch.inf, 1e-45])},
     "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]},
-    "train": [2**70, 5, 7],
     "settings": {"hidden": (10, 10), "dataset": "circles"},
-    "tracking_id": None,
+    "fingerprint": {"torch": "2.13.0"},
+    "tracking_id": "abcd1234",
+    "starts": ["job 7"],
+    "epoch": 1,
+    "step": 3,
+    "global_step": 10,
+    "train": [{"loss": 2**70, "accuracy": -5}, 7],
+    "metrics": {"epoch": 0, "train/loss": 0.5},
+    "metrics_seal": {"bytes": 0, "sha256": ""},
+    "train_seconds": 1.5,
 }
 
 
@@ -47,9 +56,8 @@ def test_decoding_restores_every_bit() -> None:
     weight = state["model"].pop("weight")
     assert weight.numpy().tobytes() == STATE["model"]["weight"].numpy().tobytes()
     assert state["optimizer"]["param_groups"] == STATE["optimizer"]["param_groups"]
-    assert {name: state[name] for name in ("train", "settings", "tracking_id")} == {
-        name: STATE[name] for name in ("train", "settings", "tracking_id")
-    }
+    names = STATE.keys() - {"model", "optimizer"}
+    assert {name: state[name] for name in names} == {name: STATE[name] for name in names}
 
 
 CONTENT = encode(STATE)
@@ -72,7 +80,8 @@ def test_a_truncated_file_is_detected(length: int) -> None:
 
 
 def with_checksum(body: bytes) -> bytes:
-    return hashlib.sha256(body).digest() + body
+    rest = len(body).to_bytes(8) + body
+    return hashlib.sha256(rest).digest() + rest
 
 
 @settings(deadline=None)
@@ -112,7 +121,7 @@ def test_values_that_are_not_plain_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="something other than tensors and plain values"):
         decode(encode({"path": tmp_path}))
     with pytest.raises(ValueError, match="not a checkpoint of this package"):
-        decode(encode([1, 2]))  # type: ignore[arg-type]
+        decode(with_checksum(to_bytes([1, 2])))
 
 
 # ---- checkpoint files
@@ -131,7 +140,7 @@ def test_the_newest_is_loaded(checkpoints: Checkpoints) -> None:
     assert warnings == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "malicious", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "malicious", "folder", "pipe", "huge", "link to nowhere"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_damaged_checkpoints_are_named_and_skipped(checkpoints: Checkpoints, damage: str, count: int) -> None:
     damaged = checkpoints.files()[:count]
@@ -155,9 +164,16 @@ def spoil(path: Path, damage: str) -> None:
         path.write_bytes(content[:100] + bytes([content[100] ^ 4]) + content[101:])
     elif damage == "malicious":
         path.write_bytes(with_checksum(pickle.dumps(Malicious(path.parent / "trap"))))
+    elif damage == "huge":
+        os.truncate(path, 60 * 2**30)
     else:
         path.unlink()
-        path.mkdir()
+        if damage == "folder":
+            path.mkdir()
+        elif damage == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("/nowhere")
 
 
 def test_where_all_are_damaged_each_is_named(checkpoints: Checkpoints) -> None:
@@ -166,6 +182,72 @@ def test_where_all_are_damaged_each_is_named(checkpoints: Checkpoints) -> None:
     state, warnings = checkpoints.load_newest()
     assert state == {}
     assert all(str(path) in warning for path, warning in zip(checkpoints.files(), warnings, strict=True))
+
+
+def test_of_many_damaged_ones_the_first_are_named_and_the_others_counted(checkpoints: Checkpoints) -> None:
+    for number in range(1_500):
+        (checkpoints.folder / f"step-{10**6 + number}.checkpoint").touch()
+    state, warnings = checkpoints.load_newest()
+    assert state["global_step"] == 30
+    assert warnings[-1] == "so are 1,497 more checkpoints"
+    assert sum(map(len, warnings)) < 1000
+
+
+def test_later_checkpoints_that_were_passed_over_do_not_take_the_place_of_good_ones(checkpoints: Checkpoints) -> None:
+    for step in range(10**6, 10**6 + KEEP):
+        (checkpoints.folder / f"step-{step:012d}.checkpoint").touch()
+    for step in (40, 50, 60):
+        checkpoints.save(STATE | {"global_step": step}, step)
+    assert checkpoints.load_newest()[0]["global_step"] == 60
+    assert len(checkpoints.files()) == 2 * KEEP
+
+
+# ---- checkpoints that are whole and hold something else
+
+WRONG: list[tuple[str, Any]] = [
+    ("model", [1.0]),
+    ("optimizer", None),
+    ("settings", {1: 2}),
+    ("fingerprint", {"torch": 2}),
+    ("tracking_id", None),
+    ("starts", "job 7"),
+    ("starts", [7]),
+    ("epoch", 1.0),
+    ("step", True),
+    ("global_step", "10"),
+    ("train", [{"loss": 1}]),
+    ("train", [{"loss": 0.5}, 7]),
+    ("metrics", {"train/loss": "0.5"}),
+    ("metrics_seal", {"bytes": 7}),
+    ("train_seconds", torch.tensor(1.5)),
+]
+
+
+def test_every_field_is_checked() -> None:
+    assert {name for name, _ in WRONG} == STATE.keys() == FORM.keys()
+
+
+@pytest.mark.parametrize("name, value", WRONG, ids=str)
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_field_that_is_missing_or_malformed_is_named(name: str, value: Any, missing: bool) -> None:
+    state = {key: STATE[key] for key in STATE if key != name} if missing else STATE | {name: value}
+    with pytest.raises(ValueError, match=f"its field '{name}' is missing or malformed"):
+        decode(encode(state))
+
+
+def test_fields_of_a_later_use_are_no_damage() -> None:
+    assert decode(encode(STATE | {"scheduler": {}})).keys() == STATE.keys() | {"scheduler"}
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, None])
+def test_another_version_ends_the_search(checkpoints: Checkpoints, version: int | None) -> None:
+    damaged, other, _ = checkpoints.files()
+    damaged.write_bytes(b"")
+    other.write_bytes(encode(STATE | {"version": version}))
+    state, warnings = checkpoints.load_newest()
+    assert state == {}
+    assert [path.name in warning for path, warning in zip((damaged, other), warnings, strict=True)] == [True, True]
+    assert "another version of this package wrote it" in warnings[1]
 
 
 def test_an_empty_folder_is_no_error(tmp_path: Path) -> None:
