@@ -13,6 +13,14 @@ class OutOfRangeError(ArithmeticError):
     """A gradient, loss or metric that is not finite, or too large for the exact sums; raised on all ranks alike."""
 
 
+class FileError(OSError):
+    """A file that cannot be read or written; its text names the file and the reason."""
+
+    def __str__(self) -> str:
+        """The file and the reason, without the number of the error."""
+        return f"{self.filename}: {self.strerror}"
+
+
 class RunDirTakenError(Exception):
     """The run directory was removed, or taken by another run: nothing more is written there."""
 
