@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
 
-from ddp_circles.errors import FileError, UserError
+from ddp_circles.errors import UserError
 from ddp_circles.job.faults import Fault
 from ddp_circles.job.refusal import refuse_uncaught
 from ddp_circles.reading import read_text
@@ -231,8 +231,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The fields named in a TOML file; raises `UserError` for a file or a key that cannot be used."""
     try:
         values = tomllib.loads(read_text(path, LARGEST_FILE))
-    except (FileError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--config {path} cannot be read: {reason}") from None
     known = {field.name for field in dataclasses.fields(Config)}
     for key in values:
         if key not in known:
