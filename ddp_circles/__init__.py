@@ -6,12 +6,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddp_circles.config import Config
     from ddp_circles.data import Dataset, Split
+    from ddp_circles.errors import UserError
     from ddp_circles.run import Result, fit
 
-__all__ = ["Config", "Dataset", "Result", "Split", "fit"]
+__all__ = ["Config", "Dataset", "Result", "Split", "UserError", "fit"]
 __version__ = "0.1.0"
 
-_HOMES = {"Config": "config", "Dataset": "data", "Result": "run", "Split": "data", "fit": "run"}
+_HOMES = {
+    "Config": "config",
+    "Dataset": "data",
+    "Result": "run",
+    "Split": "data",
+    "UserError": "errors",
+    "fit": "run",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -19,3 +27,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"ddp_circles.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Name what can be imported too: for `help` and completion."""
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,6 @@
 
 import io
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
@@ -12,11 +11,8 @@ import tyro
 
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.job.ranks import Ranks, read_ranks
-from ddp_circles.job.stop import stop_requested
-from ddp_circles.terminal import visible, visible_lines
-
-RANK_0_SPEAKS_SECONDS = 5.0
-"""Time that the other ranks give rank 0 to print its message before they leave over a user's mistake."""
+from ddp_circles.job.refusal import let_rank_0_speak, refuse
+from ddp_circles.terminal import visible
 
 T = TypeVar("T")
 
@@ -38,7 +34,7 @@ def run(command: Callable[[Ranks], int]) -> int:
         return refuse(ranks, error)
     except SystemExit as leaving:
         if leaving.code == EXIT_BAD_INPUT and not ranks.is_main:
-            _let_rank_0_speak()
+            let_rank_0_speak()
         raise
     except Exception:
         if ranks.error_file is None or not ranks.error_file.exists():  # else the agent prints it, labelled
@@ -46,23 +42,8 @@ def run(command: Callable[[Ranks], int]) -> int:
         return 1
 
 
-def refuse(ranks: Ranks, error: UserError) -> int:
-    """Say a user's mistake once, from rank 0; returns the exit code for it."""
-    if ranks.is_main:
-        print(f"error: {visible_lines(str(error))}", file=sys.stderr, flush=True)
-    else:
-        _let_rank_0_speak()
-    return EXIT_BAD_INPUT
-
-
 def print_traceback(ranks: Ranks) -> None:
     """Print the traceback of the exception being handled, each line labelled with the rank if there are several."""
     label = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
     lines = traceback.format_exc().rstrip("\n").split("\n")
     print("\n".join(label + visible(line) for line in lines) + "\n", file=sys.stderr, flush=True)
-
-
-def _let_rank_0_speak() -> None:
-    deadline = time.monotonic() + RANK_0_SPEAKS_SECONDS
-    while time.monotonic() < deadline and not stop_requested():
-        time.sleep(0.05)

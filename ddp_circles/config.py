@@ -4,6 +4,9 @@ import dataclasses
 import math
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -12,83 +15,89 @@ import tomli_w
 
 from ddp_circles.errors import UserError
 from ddp_circles.job.faults import Fault
+from ddp_circles.job.refusal import refuse_uncaught
+from ddp_circles.reading import read_text
 
 # Limits here and below are far beyond any use; what exceeds them would end in some library's traceback.
 MOST_THREADS = 1024
 LONGEST_TIMEOUT = 10**8
+MOST_LAYERS = 1000
+LARGEST_FILE = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of a run."""
+    """The settings of a run, the same on all ranks.
+
+    Attributes:
+        dataset: Data set of points to classify.
+        n_samples: Points in all, training and test together.
+        noise: Standard deviation of the noise; for blobs, of each blob.
+        factor: Radius of the inner circle over that of the outer one.
+        test_fraction: Share of the points kept for testing.
+        data_seed: Seed of the points and of their split.
+        hidden: Widths of the hidden layers.
+        activation: Activation after each hidden layer.
+        optimizer: Optimizer that takes the steps.
+        lr: Learning rate, the same at any number of ranks.
+        epochs: Passes over the training points.
+        batch_size: GLOBAL batch: samples per step over all ranks; 0 = full batch.
+        seed: Seed of the weights and of the order.
+        reduction: exact: the same bits on any number of ranks; fast: plain DDP.
+        micro_batches: Pieces each global batch is cut into in exact mode; equal in runs to be compared.
+        device: Device to compute on; auto: cuda if available.
+        backend: Communication library; auto: nccl on cuda, else gloo.
+        run_dir: Folder of the results; default: runs/<id of the launch, of the Slurm job, or time stamp>.
+        resume: auto: continue what is in the run directory; never: discard it, once; must: fail without a checkpoint.
+        checkpoint_seconds: Save when this much time has passed since the last checkpoint.
+        checkpoint_steps: Also save every N global steps; 0 = by time alone.
+        log_every: Epochs between console lines.
+        wandb: Weights & Biases; auto: online where credentials are configured, else offline.
+        wandb_project: Project of the tracked run.
+        plots: Draw the decision boundary and the learning curves at the end of the run.
+        fault: Rehearse a fault: kill, raise, stall or nan, as KIND@RANK:STEP; once per run directory.
+        threads: CPU threads per rank.
+        timeout: Seconds that a collective may take.
+
+    """
 
     dataset: Literal["circles", "moons", "blobs"] = "circles"
-    """Data set of points to classify."""
     n_samples: int = 1000
-    """Points in all, training and test together."""
     noise: float = 0.03
-    """Standard deviation of the noise; for blobs, of each blob."""
     factor: float = 0.8
-    """Radius of the inner circle over that of the outer one."""
     test_fraction: float = 0.2
-    """Share of the points kept for testing."""
     data_seed: int = 42
-    """Seed of the points and of their split."""
     hidden: tuple[int, ...] = (10, 10)
-    """Widths of the hidden layers."""
     activation: Literal["relu", "none"] = "relu"
-    """Activation after each hidden layer."""
     optimizer: Literal["sgd", "adam"] = "adam"
-    """Optimizer that takes the steps."""
     lr: float = 0.01
-    """Learning rate, the same at any number of ranks."""
     epochs: int = 60
-    """Passes over the training points."""
     batch_size: int = 64
-    """GLOBAL batch: samples per step over all ranks; 0 = full batch."""
     seed: int = 42
-    """Seed of the weights and of the order."""
     reduction: Literal["exact", "fast"] = "exact"
-    """exact: the same bits on any number of ranks; fast: plain DDP."""
     micro_batches: int = 8
-    """Pieces each global batch is cut into in exact mode; equal in runs to be compared."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto: cuda if available."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Communication library; auto: nccl on cuda, else gloo."""
     run_dir: Path | None = None
-    """Folder of the results; default: runs/<id of the launch, of the Slurm job, or time stamp>."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue what is in the run directory; never: discard it, once; must: fail without a checkpoint."""
     checkpoint_seconds: float = 30.0
-    """Save when this much time has passed since the last checkpoint."""
     checkpoint_steps: int = 0
-    """Also save every N global steps; 0 = by time alone."""
     log_every: int = 10
-    """Epochs between console lines."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto: online where credentials are configured, else offline."""
     wandb_project: str = "ddp_circles"
-    """Project of the tracked run."""
     plots: bool = True
-    """Draw the decision boundary and the learning curves at the end of the run."""
     fault: str | None = None
-    """Rehearse a fault: kill, raise, stall or nan, as KIND@RANK:STEP; once per run directory."""
     threads: int = 1
-    """CPU threads per rank."""
     timeout: float = 300.0
-    """Seconds that a collective may take."""
 
     def __post_init__(self) -> None:
-        """Accept text for a path and a list for a tuple, and check all values.
-
-        Raises `UserError`, naming the flag, for a value of the wrong type or out of range.
-        """
-        if isinstance(self.run_dir, (str, Path)):
-            object.__setattr__(self, "run_dir", _folder(self.run_dir))
+        """Accept text for a path and a list for a tuple, and check all values."""
         if isinstance(self.hidden, list):
             object.__setattr__(self, "hidden", tuple(self.hidden))
-        _check(self)
+        with naming_arguments():
+            if isinstance(self.run_dir, (str, Path)):
+                object.__setattr__(self, "run_dir", _folder(self.run_dir))
+            _check(self)
 
     @property
     def points(self) -> dict[str, Any]:
@@ -169,6 +178,8 @@ def _check(config: Config) -> None:
     tested = math.ceil(config.n_samples * config.test_fraction)
     require(1 <= tested < config.n_samples, "test_fraction", "such that both parts have a sample")
     require(all(1 <= width <= 65536 for width in config.hidden), "hidden", "between 1 and 65536 in each layer")
+    if len(config.hidden) > MOST_LAYERS:
+        raise UserError(f"--hidden must have at most {MOST_LAYERS} widths, got {len(config.hidden)}")
     require(config.wandb_project.strip() != "", "wandb_project", "a name")
     if config.fault is not None:
         Fault.parse(config.fault)
@@ -184,6 +195,35 @@ def _folder(given: str | Path) -> Path:
         return Path(given).expanduser()
     except RuntimeError as error:  # no such user, or nobody knows this one's home
         raise UserError(f"--run-dir {given}: {error}") from None
+
+
+FLAGS_SPOKEN = ContextVar("FLAGS_SPOKEN", default=False)
+"""True in the command line whose flags are the fields; everywhere else messages name arguments."""
+_VALUES: dict[Any, str] = {int: r"\d+", float: r"\d[\d.e+-]*\b", Path | None: r"\S*/\S*"}
+
+
+def in_arguments(text: str) -> str:
+    """Spell flags as arguments of `Config`, `batch_size=64` for `--batch-size 64`, where no flags are spoken."""
+    for field in () if FLAGS_SPOKEN.get() else dataclasses.fields(Config):
+        value, quote = _VALUES.get(field.type, "(?!)"), ""
+        if get_origin(field.type) is Literal:
+            value, quote = rf"(?:{'|'.join(get_args(field.type))})\b(?! be\b)", '"'
+        flag = rf"--{field.name.replace('_', '-')}(?![\w-])"
+        text = re.sub(f"{flag} ({value})", rf"{field.name}={quote}\1{quote}", text)
+        text = re.sub(flag, f"{field.name}=", text)
+    return text
+
+
+@contextmanager
+def naming_arguments() -> Iterator[None]:
+    """Spell a `UserError` for callers from Python, whose program ends without a traceback if it is not caught."""
+    try:
+        yield
+    except UserError as error:
+        if FLAGS_SPOKEN.get():
+            raise
+        refuse_uncaught()
+        raise UserError(in_arguments(str(error))) from None
 
 
 def flags_of(settings: Any) -> dict[str, object]:
@@ -202,9 +242,10 @@ def recipe(name: str, **changes: Any) -> Config:
 def read_toml(path: Path) -> dict[str, Any]:
     """The fields named in a TOML file; raises `UserError` for a file or a key that cannot be used."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
+        values = tomllib.loads(read_text(path, LARGEST_FILE))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--config {path} cannot be read: {reason}") from None
     known = {field.name for field in dataclasses.fields(Config)}
     for key in values:
         if key not in known:

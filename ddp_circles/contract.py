@@ -8,7 +8,7 @@ import random
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
+from torch.utils.data import TensorDataset
 
 from ddp_circles.data import Dataset, Split
 from ddp_circles.errors import UserError
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, largest_term
 from ddp_circles.loop import EVALUATION_BATCH, LossFunction
 from ddp_circles.metrics import Metric
-from ddp_circles.models import loss_sum
+from ddp_circles.models import load_state, loss_sum, state_of
+from ddp_circles.plain import from_bytes, to_bytes
+from ddp_circles.records.run_dir import model_bytes
 
 TRIED = 16
 """Samples of each part of the data that are tried, at most."""
@@ -38,27 +41,41 @@ TOLERANCE = 1e-3
 
 
 def check_data(data: Any) -> Split:
-    """`data` as a `Split` of dense tensors without a gradient; raises `UserError` if it is none, or holds nan."""
-    try:
-        split = Split(*(Dataset(*part) for part in data))
-    except TypeError:
-        raise UserError(
-            f"data= must be Split(train=Dataset(inputs, targets), test=Dataset(inputs, targets)), got {_kind(data)}"
-        ) from None
-    for part, samples in split._asdict().items():
-        for name, values in samples._asdict().items():
-            _check_tensor(f"data.{part}.{name}", values)
-        inputs, targets = samples
+    """`data` as a `Split` of dense tensors without a gradient; raises `UserError` if it is none, or holds nan.
+
+    Pairs of any kind will do, a dictionary with `train` and `test`, a `TensorDataset`; and arrays instead of tensors.
+    """
+    parts = []
+    for part, samples in zip(Split._fields, _pair("data=", data, Split._fields), strict=True):
+        given = zip(Dataset._fields, _pair(f"data.{part}", samples, Dataset._fields), strict=True)
+        inputs, targets = (_as_tensor(f"data.{part}.{name}", values) for name, values in given)
         if len(inputs) != len(targets):
             raise UserError(f"data.{part} must have one target for each sample, got {len(inputs)} and {len(targets)}")
-    return Split(*(Dataset(*(values.detach() for values in samples)) for samples in split))
+        parts.append(Dataset(inputs, targets))
+    return Split(*parts)
 
 
-def _check_tensor(name: str, values: Any) -> None:
+def _pair(name: str, given: Any, keys: tuple[str, ...]) -> tuple[Any, Any]:
+    """Take apart `given`, which has two parts."""
+    if isinstance(given, Mapping) and set(given) == set(keys):
+        given = [given[key] for key in keys]
+    elif isinstance(given, TensorDataset):
+        given = given.tensors
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise UserError(
+            "data= must be Split(train=Dataset(inputs, targets), test=Dataset(inputs, targets)), all samples in "
+            f"tensors, which fit() cuts into batches; {name} is {_kind(given)}"
+        )
+    return given[0], given[1]
+
+
+def _as_tensor(name: str, values: Any) -> Tensor:
+    if not isinstance(values, Tensor):
+        with suppress(TypeError, ValueError):  # from what numpy or torch knows no numbers in
+            values = torch.from_numpy(np.require(values, requirements=("C", "W")))
     if not isinstance(values, Tensor) or values.layout != torch.strided or values.ndim == 0:
         raise UserError(
-            f"{name} must be a dense tensor, its first dimension the samples (torch.as_tensor makes one), "
-            f"got {_kind(values)}"
+            f"{name} must be a dense tensor or array of numbers, its first dimension the samples, got {_kind(values)}"
         )
     if len(values) == 0:
         raise UserError(f"{name} holds no samples: give one at least")
@@ -66,6 +83,7 @@ def _check_tensor(name: str, values: Any) -> None:
         _check_values(
             name, values, lambda chunk: chunk.isfinite().logical_not_(), "a finite number: leave such samples out"
         )
+    return values.detach()
 
 
 def _check_values(name: str, values: Tensor, wrong: Callable[[Tensor], Tensor], expected: str) -> None:
@@ -129,7 +147,22 @@ def check_model(model: nn.Module, *, exact: bool = True) -> None:
         if is_lazy(parameter):
             raise UserError(f"model= has a lazy parameter, {name}: run the model on a sample before it is trained")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("the model has no parameter that requires a gradient: there is nothing to train")
+        raise UserError("model= has no parameter that requires a gradient: there is nothing to train")
+    _check_state(model)
+
+
+def _check_state(model: nn.Module) -> None:
+    """Refuse a model whose state cannot be saved, or not be loaded again: better than at the end of the training."""
+    with _explained("model= has a state_dict() that fails"):
+        state = state_of(model)
+    for name, value in state.items():
+        with _explained(f"model= cannot be saved: {name} in its state_dict() is {_kind(value)}"):
+            if isinstance(value, Tensor):
+                model_bytes({name: value.new_empty(0)})
+            else:
+                from_bytes(to_bytes(value))
+    with _explained("model= cannot be continued from its own state_dict()"):
+        load_state(model, state)
 
 
 def _check_for_exact_sums(model: nn.Module) -> None:
@@ -175,29 +208,34 @@ def check_training(
     micro_batches: int,
     batch_size: int,
     ranks: int,
-) -> tuple[bool, dict[str, float]]:
+) -> tuple[Split, bool, dict[str, float]]:
     """Try model, loss and metrics on a few samples, in training mode on those to train on, as the loop will.
 
     `loss`: None for the default, whose targets are all looked at. `micro_batches`: pieces of each step, of `batch_size`
-    samples, 0 for all, over so many `ranks`. Returns True if accuracy means something for these logits and targets; and
-    the sums that were tried, by argument. Raises `UserError`, naming the argument and what was expected of it.
+    samples, 0 for all, over so many `ranks`. Returns the samples in the types that model and loss need; True if
+    accuracy means something for these logits and targets; and the sums that were tried, by argument. Raises
+    `UserError`, naming the argument and what was expected of it.
     """
-    accuracy, tried = True, {}
+    accuracy, tried, taken = True, {}, list[Dataset]()
     sums = {"loss=": loss or loss_sum} | {f"metrics= {name!r}": metric for name, metric in metrics.items()}
     before = _Snapshot(model)
     try:
         for part, samples, most in (("train", split.train, batch_size), ("test", split.test, EVALUATION_BATCH)):
             training, count = part == "train", len(samples.inputs)
+            types = [values.dtype for values in samples]
+            if types[0] == torch.float64 and _dtype_of(model) == torch.float32:
+                types[0] = torch.float32
             batch = min(most or count, count)
             terms = _Terms(micro_batches, batch, exact=exact)
             model.train(training)
             with torch.inference_mode(mode=not training):
-                inputs, targets = (values[:TRIED] for values in samples)
+                inputs, targets = samples.inputs[:TRIED].to(types[0]), samples.targets[:TRIED]
                 logits = _run(model, inputs, f"data.{part}.inputs")
                 if exact:
                     _check_repeatable(model, before, inputs, logits)
                 if loss is None:
-                    _check_targets(f"data.{part}.targets", samples.targets, logits)
+                    types[1] = _check_targets(f"data.{part}.targets", samples.targets, logits)
+                    targets = targets.to(types[1])
                 for what, function in sums.items():
                     total = _check_sum(what, function, logits, targets)
                     terms.check(what, total / len(inputs) * terms.largest, LOSS_BITS)
@@ -213,15 +251,21 @@ def check_training(
                         _call(what, function, fewer_logits, targets[:size])
             if exact and (moved := before.moved()):
                 raise UserError(f"--reduction exact cannot use a loss= or metrics= {_drawing(moved)}")
-            accuracy = accuracy and _has_accuracy(logits, samples.targets)
+            taken.append(Dataset(*(values.to(dtype) for values, dtype in zip(samples, types, strict=True))))
+            accuracy = accuracy and _has_accuracy(logits, taken[-1].targets)
     finally:
         before.restore()
-    return accuracy, tried
+    return Split(*taken), accuracy, tried
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The floating-point type of the first parameter that has one."""
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
 def _run(model: nn.Module, inputs: Tensor, name: str) -> Tensor:
     """The logits of `inputs`, one row for each sample."""
-    own = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), inputs.dtype)
+    own = _dtype_of(model) or inputs.dtype
     convert = ".float()" if own == torch.float32 else f".to({own})"
     hint = f"; the model's parameters are {own}: convert the inputs with {convert} if they should be too"
     with _explained(f"model= failed on {name} of {_form(inputs)}", hint if own != inputs.dtype else ""):
@@ -238,17 +282,17 @@ def _run(model: nn.Module, inputs: Tensor, name: str) -> Tensor:
     return logits
 
 
-def _check_targets(name: str, targets: Tensor, logits: Tensor) -> None:
-    """Check that the default loss means something for `targets`, all of them."""
+def _check_targets(name: str, targets: Tensor, logits: Tensor) -> torch.dtype:
+    """Check that the default loss means something for `targets`, all of them; returns the type that it needs."""
     shape, binary, floating = targets.shape[1:], logits.ndim == 1, targets.is_floating_point()
-    numbers = shape == logits.shape[2:] and (floating if binary else targets.dtype == torch.int64)
-    probabilities = logits.ndim == 2 and shape == logits.shape[1:] and floating
-    if not (numbers or probabilities) or (not binary and logits.shape[1] < 2):
+    numbers = shape == logits.shape[2:] and (binary or not floating)
+    probabilities = logits.ndim == 2 and shape == logits.shape[1:]
+    if targets.is_complex() or not (numbers or probabilities) or (not binary and logits.shape[1] < 2):
         given = [f"[{', '.join(['n', *map(str, values.shape[1:])])}], {_dtype(values)}" for values in (logits, targets)]
         raise UserError(
-            f"logits {given[0]}, do not go with {name} {given[1]}: for two classes give logits [n] and float targets "
-            "[n] of 0 and 1; for more, logits [n, classes] and int64 class numbers [n]; squeeze(1) removes a dimension "
-            "of 1; for any other task pass loss=, the SUM over the samples"
+            f"logits {given[0]}, do not go with {name} {given[1]}: for two classes give logits [n] and targets [n] "
+            "of 0 and 1; for more, logits [n, classes] and whole class numbers [n]; squeeze(1) removes a dimension of "
+            "1; for any other task pass loss=, the SUM over the samples"
         )
     if probabilities or binary:
         expected = "a number between 0 and 1: scale them, or pass a loss= for what they mean"
@@ -263,6 +307,9 @@ def _check_targets(name: str, targets: Tensor, logits: Tensor) -> None:
                 f"{name}: the probabilities of sample {unsure[0]} add up to {unsure[1]:g}, not 1: for classes that do "
                 "not exclude each other pass loss=, such as binary_cross_entropy_with_logits with reduction='sum'"
             )
+    if floating:
+        return targets.dtype
+    return logits.dtype if binary or probabilities else torch.int64
 
 
 def _outside(last: int) -> Callable[[Tensor], Tensor]:

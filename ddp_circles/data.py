@@ -19,10 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddp_circles.errors import UserError
+from ddp_circles.memory import require_memory
 
 CACHED_FROM = 2_000_000
 """Sets of at least this many samples are made once per node, kept in a file there, and shared by its ranks."""
 CACHED_PARTS = ("train_inputs", "train_targets", "test_inputs", "test_targets")
+BYTES_PER_SAMPLE = 48
+"""Memory that making a sample takes at least: scikit-learn's points, their noise and a shuffled copy."""
 CACHE_WAIT_SECONDS = 3600.0
 """Longest wait for another rank of the node to make a set; 10^8 samples take two minutes."""
 
@@ -87,6 +90,7 @@ def cached_points(**arguments: Any) -> tuple[Split, str]:
 def _naming_n_samples(n_samples: int) -> Iterator[None]:
     """Turn a lack of memory or disk space into a `UserError`."""
     try:
+        require_memory(n_samples * BYTES_PER_SAMPLE)
         yield
     except MemoryError as error:
         raise UserError(f"--n-samples {n_samples} needs more memory than there is ({error}): use fewer") from None

@@ -12,6 +12,10 @@ EXIT_STOPPED = 75
 class UserError(ValueError):
     """A mistake that the user can put right: one clear message, exit code 2, no traceback."""
 
+    def _render_traceback_(self) -> list[str]:
+        """The message alone: what IPython shows in a notebook."""
+        return [f"error: {self}"]
+
 
 class OutOfRangeError(ArithmeticError):
     """A gradient, loss or metric that is not finite, or too large for the exact sums; raised on all ranks alike."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +38,26 @@ class Classifier(nn.Module):
 def class_count(dataset: str) -> int:
     """Number of classes in `dataset`."""
     return BLOB_CENTRES if dataset == "blobs" else 2
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """The `state_dict` of `model` under plain names: without the prefix that `torch.compile` gives them."""
+    state = model.state_dict()
+    for name in [name for name in state if name != _plain(name)]:
+        state[_plain(name)] = state.pop(name)
+    return state
+
+
+def load_state(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load what `state_of` returns, for this model or one built alike; both may be compiled or not."""
+    own = {_plain(name): name for name in model.state_dict()}
+    if any(name != compiled for name, compiled in own.items()):
+        state = {own.get(name, name): value for name, value in state.items()}
+    model.load_state_dict(state)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "")
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from typing import Annotated
 import tyro
 
 from ddp_circles import cli
+from ddp_circles.config import in_arguments
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import Ranks
+from ddp_circles.job.refusal import refuse
 from ddp_circles.terminal import visible_lines
 
 EXIT_INTERRUPTED = 130
@@ -49,7 +51,7 @@ def run(arguments: list[str]) -> int:
     try:
         print(visible_lines(_answer(cli.parse(CommandLine, arguments, program="ddp_circles.predict"))))
     except UserError as error:
-        return cli.refuse(Ranks(), error)
+        return refuse(Ranks(), UserError(in_arguments(str(error))))  # settings are keys of config.toml here
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -1,6 +1,7 @@
 """The composition root: `fit` builds what a training needs, wires it together, and takes it down again."""
 
 import dataclasses
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ddp_circles import loop
-from ddp_circles.config import Config, flags_of
+from ddp_circles.config import Config, flags_of, in_arguments, naming_arguments
 from ddp_circles.contract import TOLERANCE, check_data, check_metrics, check_model, check_training
 from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
 from ddp_circles.errors import EXIT_STOPPED, FileError, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
@@ -27,8 +28,9 @@ from ddp_circles.job.ranks import how_to_continue, read_ranks, spell_ranks
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import WAITED, Watch
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
+from ddp_circles.memory import require_memory
 from ddp_circles.metrics import LocalTally, Metric, Progress
-from ddp_circles.models import Classifier, class_count, loss_sum
+from ddp_circles.models import Classifier, class_count, loss_sum, state_of
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
@@ -69,7 +71,9 @@ def fit(
     `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit code of the
     contract, and when another rank is lost.
     """
-    with stop_requested.listening():
+    with stop_requested.listening(), naming_arguments(), _process_as_found():
+        if not isinstance(config, Config):
+            raise UserError(f"fit() takes a Config first, got {type(config).__name__}")
         ranks = read_ranks()
         pin_threads(config.threads)
         with (
@@ -110,7 +114,8 @@ def _fit_in_world(
     path = found.run_dir.path
     if found.is_done:
         found.restore_model(bare)
-        world.say(f"{path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on")
+        line = f"{path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on"
+        world.say(in_arguments(line))
         return Result(bare, found.state["metrics"], path, world.ranks.is_main)
     split = split or _make_points(config, world).to(world.device)
 
@@ -184,7 +189,7 @@ def _take_in(
     # Each rank checks what it was given, and all raise what one finds.
     split = world.together(lambda: check_data(data) if data is not None else None)
     named = world.together(partial(check_metrics, metrics))
-    bare = world.together(partial(_make_model, config, model)).to(world.device)
+    bare = world.together(partial(_make_model, config, world, model)).to(world.device)
     own_data = split.digest() if split is not None else ""
     world.check_alike(
         {
@@ -205,7 +210,10 @@ def _take_in(
             batch_size=config.batch_size,
             ranks=world.ranks.world_size,
         )
-        accuracy, tried = world.together(partial(check, bare, split, loss, named))
+        given = split.train.inputs.dtype
+        split, accuracy, tried = world.together(partial(check, bare, split, loss, named))
+        if (taken := split.train.inputs.dtype) != given:
+            world.say(f"the inputs of data= are converted from {given} to {taken}, which the parameters are")
         _compare_tries(world, tried)
     return bare, split, named, own_data, accuracy
 
@@ -239,12 +247,36 @@ def _make_points(config: Config, world: World) -> Split:
     return split
 
 
-def _make_model(config: Config, model: nn.Module | None) -> nn.Module:
+def _make_model(config: Config, world: World, model: nn.Module | None) -> nn.Module:
     if model is None:
-        torch.manual_seed(config.seed)  # directly before the model is built, as in the tutorial
-        model = Classifier(2, config.hidden, config.activation, class_count(config.dataset))
+        make = partial(Classifier, 2, config.hidden, config.activation, class_count(config.dataset))
+        with torch.device("meta"):
+            _check_memory(config, world, make())
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            torch.default_generator.manual_seed(config.seed)  # directly before the model is built, as in the tutorial
+            model = make()
     check_model(model, exact=config.reduction == "exact")
     return model
+
+
+def _check_memory(config: Config, world: World, model: nn.Module) -> None:
+    """Refuse a configuration that surely needs more memory than there is, for its weights and its activations."""
+    exact, ranks = config.reduction == "exact", world.ranks
+    of_a_weight = 4 + 4 + (8 if config.optimizer == "adam" else 0) + (16 if exact else 0)  # with all that follows it
+    samples = min(config.batch_size or config.n_samples, config.n_samples) * (1 - config.test_fraction)
+    rows = samples / (config.micro_batches if exact else ranks.world_size)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    needed = weights * of_a_weight + rows * sum(config.hidden) * 4
+    try:
+        if world.device.type == "cuda":
+            require_memory(needed, torch.cuda.mem_get_info(world.device)[1])
+        else:
+            require_memory(needed * ranks.local_world_size)
+    except MemoryError as error:
+        raise UserError(
+            f"--hidden needs more memory than there is ({error}): use narrower layers, a smaller --batch-size or "
+            "fewer ranks on this machine"
+        ) from None
 
 
 def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> ExactReducer | FastReducer:
@@ -254,7 +286,8 @@ def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTal
         return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
     idle = world.ranks.world_size - config.micro_batches
     if idle > 0 and world.ranks.is_main:
-        warn(f"{idle} ranks have nothing to compute: --micro-batches {config.micro_batches} feeds no more")
+        feeds = in_arguments(f"--micro-batches {config.micro_batches}")
+        warn(f"{idle} ranks have nothing to compute: {feeds} feeds no more")
     return ExactReducer(
         bare,
         replica,
@@ -289,7 +322,7 @@ def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, op
         checkpoint_seconds=config.checkpoint_seconds,
         checkpoint_steps=config.checkpoint_steps,
         snapshot=lambda: {
-            "model": bare.state_dict(),
+            "model": state_of(bare),
             "optimizer": optimizer.state_dict(),
             "settings": found.settings,
             "fingerprint": found.fingerprint,
@@ -329,6 +362,33 @@ def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
 
 
 @contextmanager
+def _process_as_found() -> Iterator[None]:
+    """Put back, however the body ends, what a training changes in its process."""
+    names = (
+        "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG",
+        "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
+    )  # fmt: skip
+    variables = {name: os.environ.get(name) for name in names}
+    cudnn: Any = torch.backends.cudnn
+    deterministic: Any = torch.utils.deterministic
+    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    fills, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
+    tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    try:
+        yield
+    finally:
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        torch.set_num_threads(threads)
+        torch.set_deterministic_debug_mode(mode)
+        deterministic.fill_uninitialized_memory = fills
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
+
+
+@contextmanager
 def _telling_others(world: World, watch: Watch) -> Iterator[None]:
     """Tell the other ranks how this one ends, and turn what it ends by into an exit code."""
     try:
@@ -339,7 +399,7 @@ def _telling_others(world: World, watch: Watch) -> Iterator[None]:
         raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
     except (OutOfRangeError, RunDirTakenError, FileError) as error:
         advice = ". When that is put right, the same command goes on from the last checkpoint"
-        watch.say(f"{error}{advice if isinstance(error, FileError) else ''}")
+        watch.say(in_arguments(f"{error}{advice if isinstance(error, FileError) else ''}"))
         watch.last_words(f"raised {type(error).__name__}")
         raise SystemExit(1) from None
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from ddp_circles import cli
-from ddp_circles.config import RECIPES, Config, read_toml, recipe
+from ddp_circles.config import FLAGS_SPOKEN, RECIPES, Config, read_toml, recipe
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import Ranks, parent_at_start, set_thread_variables
 from ddp_circles.job.stop import stop_requested
@@ -28,6 +28,7 @@ class CommandLine:
 
 def main() -> None:
     """Parse, train, and leave with the exit code of the contract."""
+    FLAGS_SPOKEN.set(True)
     parent_at_start()  # the launcher may die during the slow imports
     try:
         with stop_requested.listening():

@@ -13,6 +13,7 @@ from ddp_circles.errors import UserError
 from ddp_circles.job.fingerprint import fingerprint
 from ddp_circles.job.world import World
 from ddp_circles.metrics import Progress, Tally
+from ddp_circles.models import load_state
 from ddp_circles.records.checkpoint import State
 from ddp_circles.records.run_dir import RunDir
 from ddp_circles.terminal import visible, warn
@@ -38,7 +39,7 @@ class Found:
     def restore_model(self, model: nn.Module) -> None:
         """Load the checkpoint's weights into `model`; raises `UserError` if they are those of another model."""
         try:
-            model.load_state_dict(self.state["model"])
+            load_state(model, self.state["model"])
         except RuntimeError as error:
             what = visible(" ".join(str(error).split()))
             raise UserError(

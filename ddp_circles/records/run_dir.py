@@ -10,7 +10,7 @@ import socket
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, SoftFileLock, Timeout
 from safetensors.torch import save as safetensors_bytes
@@ -121,11 +121,9 @@ class RunDir:
         self.check()
         write_atomically(self.path / name, text.encode())
 
-    def write_model(self, state: dict[str, Tensor]) -> str:
-        """Write `state` as safetensors, the same bytes for the same bits; returns the file's SHA-256."""
-        # Copies, since tied weights are one tensor under two names, and safetensors takes each memory once.
-        copies = {name: value.detach().cpu().clone(memory_format=contiguous_format) for name, value in state.items()}
-        content = safetensors_bytes(copies)
+    def write_model(self, state: dict[str, Any]) -> str:
+        """Write the tensors of `state` as safetensors; returns the file's SHA-256."""
+        content = model_bytes(state)
         self.check()
         write_atomically(self.model, content)
         return hashlib.sha256(content).hexdigest()
@@ -142,6 +140,15 @@ class RunDir:
         ):
             with naming(stale):
                 stale.unlink(missing_ok=True)
+
+
+def model_bytes(state: dict[str, Any]) -> bytes:
+    """The tensors of `state` as safetensors, the same bytes for the same bits; what else it holds is left out."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    # Copies, since tied weights are one tensor under two names, and safetensors takes each memory once.
+    return safetensors_bytes(
+        {name: value.detach().cpu().clone(memory_format=contiguous_format) for name, value in tensors.items()}
+    )
 
 
 def _name_in(holder: str) -> str:

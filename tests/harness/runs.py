@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import launch_agent
 from torch.distributed.run import config_from_args, parse_args
 
-from ddp_circles import cli
+from ddp_circles.job import refusal
 from ddp_circles.records.checkpoint import Checkpoints, State, decode
 from tests.harness.ranks import FORKSERVER, Job, Outcome, forget_launcher, train, wait_until, write_output_to
 
@@ -98,7 +98,7 @@ def finish(size: int, run_dir: Path, *flags: object, timeout: float = 180.0) -> 
 
 def train_hastily(*flags: object) -> None:
     """Run the trainer's command line; where rank 0 refuses, the others do not wait long: there is no agent here."""
-    cli.RANK_0_SPEAKS_SECONDS = 0.1
+    refusal.RANK_0_SPEAKS_SECONDS = 0.1
     train(*flags)
 
 

@@ -507,7 +507,7 @@ def test_the_check_changes_neither_random_numbers_nor_buffers() -> None:
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(5)
     buffer = model.buffer
-    accuracy, tried = check_training(model, data(), None, {}, exact=False, micro_batches=3, batch_size=16, ranks=3)
+    _, accuracy, tried = check_training(model, data(), None, {}, exact=False, micro_batches=3, batch_size=16, ranks=3)
     assert accuracy
     assert list(tried) == ["loss= of data.train", "loss= of data.test"]
     assert (torch.rand(()), random.random(), np.random.rand()) == expected  # noqa: NPY002

@@ -26,7 +26,8 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_circles import cli, loop
+from ddp_circles import loop
+from ddp_circles.job import refusal
 from ddp_circles.models import loss_sum
 from ddp_circles.verify import oracle, session, speed
 from ddp_circles.verify.__main__ import main
@@ -39,7 +40,7 @@ TRIES, CLEAN_RUNS = 20, 50
 
 def verify(*flags: object) -> None:
     """Run the verifier's command line in this rank; where rank 0 refuses, the others do not wait long."""
-    cli.RANK_0_SPEAKS_SECONDS = 0.1
+    refusal.RANK_0_SPEAKS_SECONDS = 0.1
     sys.argv = ["verify", *map(str, flags)]
     main()
 

@@ -303,7 +303,7 @@ def test_the_run_directory_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Config(run_dir="~/runs").run_dir == Path("/home/somebody/runs")  # type: ignore[arg-type]
     assert recipe("circles", run_dir="runs/s3").run_dir == Path("runs/s3")
     for wrong in ("", ".", "./", "s3://bucket/run", "gs:/x", "~nobody-of-this-name/x"):
-        with pytest.raises(UserError, match="--run-dir"):
+        with pytest.raises(UserError, match="run_dir="):
             Config(run_dir=wrong)  # type: ignore[arg-type]
         with pytest.raises(SystemExit, match="2"):
             parse_command_line([f"--run-dir={wrong}"])

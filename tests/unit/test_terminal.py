@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ddp_circles import cli
 from ddp_circles.errors import UserError
+from ddp_circles.job import refusal
 from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.watch import Watch
 from ddp_circles.records import wandb_copy
@@ -44,7 +45,7 @@ def test_visible_text_is_one_line_and_says_what_was_there(text: str) -> None:
 
 
 def refuse(text: str) -> None:
-    cli.refuse(Ranks(), UserError(text))
+    refusal.refuse(Ranks(), UserError(text))
 
 
 def print_traceback(text: str) -> None:
