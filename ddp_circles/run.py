@@ -330,7 +330,8 @@ def _telling_others(world: World, watch: Watch) -> Iterator[None]:
     except UserError:
         raise
     except StopRequestedError:
-        raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
+        # These two kill the other ranks over any other code, rank 0 while it still writes among them.
+        raise SystemExit(0 if world.ranks.launcher in ("torchrun", "mpirun") else EXIT_STOPPED) from None
     except (OutOfRangeError, RunDirTakenError) as error:
         watch.say(str(error))
         watch.last_words(f"raised {type(error).__name__}")
