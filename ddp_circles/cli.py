@@ -1,18 +1,20 @@
 """Shared by the command lines: a parse that only rank 0 speaks about, one message for a mistake, exit codes."""
 
 import io
+import json
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from typing import TypeVar
 
 import tyro
 
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.job.ranks import Ranks, read_ranks
-from ddp_circles.job.refusal import let_rank_0_speak, refuse
-from ddp_circles.terminal import visible
+from ddp_circles.job.refusal import end_job, refuse
+from ddp_circles.terminal import visible_lines
 
 T = TypeVar("T")
 
@@ -33,11 +35,11 @@ def run(command: Callable[[Ranks], int]) -> int:
     except UserError as error:
         return refuse(ranks, error)
     except SystemExit as leaving:
-        if leaving.code == EXIT_BAD_INPUT and not ranks.is_main:
-            let_rank_0_speak()
+        if leaving.code == EXIT_BAD_INPUT:
+            end_job(ranks)
         raise
     except Exception:
-        if ranks.error_file is None or not ranks.error_file.exists():  # else the agent prints it, labelled
+        if not _record_traceback(ranks):
             print_traceback(ranks)
         return 1
 
@@ -45,5 +47,24 @@ def run(command: Callable[[Ranks], int]) -> int:
 def print_traceback(ranks: Ranks) -> None:
     """Print the traceback of the exception being handled, each line labelled with the rank if there are several."""
     label = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
-    lines = traceback.format_exc().rstrip("\n").split("\n")
-    print("\n".join(label + visible(line) for line in lines) + "\n", file=sys.stderr, flush=True)
+    print("\n".join(label + line for line in _traceback().split("\n")) + "\n", file=sys.stderr, flush=True)
+
+
+def _record_traceback(ranks: Ranks) -> bool:
+    """Leave the traceback for torchrun, which prints it once, labelled, if it ends over it; returns false if not.
+
+    As torch's own handler does, but safe to print: torchrun prints what it finds.
+    """
+    if ranks.error_file is None or ranks.restarts_left:
+        return False
+    text = _traceback()
+    extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    message = {"message": {"message": text.split("\n")[-1], "extraInfo": extra}}
+    with suppress(OSError):
+        ranks.error_file.write_text(json.dumps(message))
+        return True
+    return False
+
+
+def _traceback() -> str:
+    return visible_lines(traceback.format_exc().rstrip("\n"))

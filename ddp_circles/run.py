@@ -396,7 +396,8 @@ def _telling_others(world: World, watch: Watch) -> Iterator[None]:
     except UserError:
         raise
     except StopRequestedError:
-        raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
+        # These two kill the other ranks over any other code, rank 0 while it still writes among them.
+        raise SystemExit(0 if world.ranks.launcher in ("torchrun", "mpirun") else EXIT_STOPPED) from None
     except (OutOfRangeError, RunDirTakenError, FileError) as error:
         advice = ". When that is put right, the same command goes on from the last checkpoint"
         watch.say(in_arguments(f"{error}{advice if isinstance(error, FileError) else ''}"))

@@ -1,6 +1,7 @@
 """Command line: `python -m ddp_circles.train`, alone, under torchrun or under srun."""
 
 import argparse
+import faulthandler
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,20 +41,10 @@ def main() -> None:
 def _train(ranks: Ranks) -> int:
     config = parse_command_line(sys.argv[1:], quiet=not ranks.is_main)
     set_thread_variables(config.threads)  # before torch is imported
-    # The seam: no torch before these lines.
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # noqa: PLC0415
+    from ddp_circles.run import fit  # noqa: PLC0415 - the seam: no torch before this line
 
-    from ddp_circles.run import fit  # noqa: PLC0415
-
-    errors = get_error_handler()
-    errors.initialize()  # a crash in native code prints the Python stacks
-    try:
-        fit(config)
-    except UserError:
-        raise
-    except Exception as error:
-        errors.record_exception(error)  # for torchrun's agent, which prints it once, labelled with the rank
-        raise
+    faulthandler.enable()  # a crash in native code prints the Python stacks
+    fit(config)
     return 0
 
 

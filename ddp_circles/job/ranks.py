@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 from ddp_circles.errors import UserError
 from ddp_circles.terminal import beside_python, spell_numbers
@@ -23,6 +24,13 @@ MODULE = "ddp_circles.train"
 """The trainer's command line, as it is named after `python -m`."""
 
 LOOPBACK = "127.0.0.1"
+
+MPI_VARIABLES = (
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # Open MPI
+    tuple(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # MVAPICH
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+)
+"""Rank, world size, local rank and ranks of the node, as each kind of mpirun tells them."""
 
 _parents: dict[int, int] = {}
 
@@ -50,13 +58,15 @@ class Ranks:
     one_machine: bool = True
     """True if all ranks are known to be on this machine."""
     launcher: str = "one process"
-    """`torchrun`, `srun` or `one process`."""
+    """`torchrun`, `srun`, `mpirun` or `one process`."""
     job_id: str | None = None
     """The launcher's name for the run, the same after a restart or requeue; None if it has none."""
     job: str = ""
     """The job in words, by which ranks of two jobs that meet at one port are told apart."""
     restarts: int = 0
     """Restarts of the workers by torchrun so far."""
+    restarts_left: int = 0
+    """Restarts that a failure may still cause."""
     launch: str | None = None
     """The name of this launch, the same after a restart, requeue or retry; None if the launcher does none of these."""
     store_address: tuple[str, int] | None = None
@@ -101,16 +111,26 @@ def spell_ranks(ranks: Iterable[int]) -> str:
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Find this process's ranks: torchrun's variables first, then the Slurm step's, then one process.
+    """Find this process's ranks: torchrun's variables first, then mpirun's, then the Slurm step's, then one process.
 
     Raises `UserError` where the variables contradict each other.
     """
     if "RANK" in environment:
         return _torchrun_ranks(environment)
+    for names in MPI_VARIABLES:
+        if environment.keys() >= set(names):  # in a Slurm job, the step's variables are those of mpirun's own helpers
+            return _mpi_ranks(environment, *names)
     if "WORLD_SIZE" in environment and environment.get("SLURM_STEP_NUM_TASKS") != environment["WORLD_SIZE"]:
         raise UserError("WORLD_SIZE is set without RANK: start with torchrun or srun, or unset WORLD_SIZE")
     if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         return _slurm_ranks(environment)
+    for rank, size, *others in MPI_VARIABLES:
+        if environment.get(size, "1") != "1" or (rank in environment and size not in environment):
+            missing = [name for name in (rank, size, *others) if name not in environment]
+            raise UserError(
+                f"mpirun has set some of its variables, and not {', '.join(missing)}: start with torchrun or srun, or "
+                "set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process"
+            )
     return Ranks(job_id=environment.get("SLURM_JOB_ID") or None)
 
 
@@ -132,6 +152,7 @@ def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
     error_file = environment.get("TORCHELASTIC_ERROR_FILE")
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    restarts = _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
     host = environment.get("MASTER_ADDR", LOOPBACK)
     agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # Without an agent, by hand or in Kubernetes, only the address tells.
@@ -146,13 +167,41 @@ def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
         launcher="torchrun",
         job_id=run_id if run_id not in ("", "none") else environment.get("SLURM_JOB_ID") or None,
         job=f"torchrun's job {run_id} of {world_size} ranks",
-        restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+        restarts=restarts,
+        restarts_left=max(0, _number(environment, "TORCHELASTIC_MAX_RESTARTS", 0) - restarts),
         # The agent makes the folder of its logs, .../RUN_ID_xxxx/attempt_N/RANK/error.json, anew for each launch.
         launch=environment.get(LAUNCH_VARIABLE) or (str(Path(error_file).parents[2]) if error_file else None),
         # Nobody outside the machine needs to reach a store of ours, whatever its name in MASTER_ADDR.
         store_address=(LOOPBACK if one_machine and not agents else host, _number(environment, "MASTER_PORT")),
         store_is_the_agents=agents,
         error_file=Path(error_file) if error_file else None,
+    )
+
+
+def _mpi_ranks(environment: Mapping[str, str], *names: str) -> Ranks:
+    rank, world_size, local_rank, local_world_size = (_number(environment, name) for name in names)
+    one_machine = local_world_size == world_size
+    if not one_machine and not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
+        raise UserError(
+            "mpirun does not say where the ranks of several nodes can meet: give all of them MASTER_ADDR, the first "
+            "node's name, and MASTER_PORT, a free port there (Open MPI: mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
+        )
+    job_id = environment.get("SLURM_JOB_ID") or None
+    job = environment.get("PMIX_NAMESPACE") or job_id or ""  # of Open MPI's jobs, each has a name
+    host = LOOPBACK if one_machine else environment["MASTER_ADDR"]
+    port = _number(environment, "MASTER_PORT", 20000 + crc32(job.encode()) % 20000)
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        nodes=-(-world_size // max(1, local_world_size)),
+        one_machine=one_machine,
+        launcher="mpirun",
+        job_id=job_id,
+        job=f"mpirun's job {job} of {world_size} ranks",
+        launch=environment.get(LAUNCH_VARIABLE),
+        store_address=(host, port) if world_size > 1 else None,
     )
 
 

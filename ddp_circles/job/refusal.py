@@ -1,11 +1,15 @@
 """A user's mistake, said once: by rank 0, without a traceback, with exit code 2. Imports no torch."""
 
+import os
+import re
+import signal
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
-from ddp_circles.job.ranks import Ranks, read_ranks
+from ddp_circles.job.ranks import Ranks, parent_at_start, read_ranks
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.terminal import visible_lines
 
@@ -14,19 +18,35 @@ RANK_0_SPEAKS_SECONDS = 5.0
 
 
 def refuse(ranks: Ranks, error: UserError) -> int:
-    """Say a user's mistake once, from rank 0; returns the exit code for it."""
+    """Say a user's mistake once, from rank 0, and end the job over it; returns the exit code for it."""
     if ranks.is_main:
         print(f"error: {visible_lines(str(error))}", file=sys.stderr, flush=True)
-    else:
-        let_rank_0_speak()
+    end_job(ranks)
     return EXIT_BAD_INPUT
 
 
-def let_rank_0_speak() -> None:
-    """Wait: a launcher ends all ranks as soon as one has left."""
-    deadline = time.monotonic() + RANK_0_SPEAKS_SECONDS
+def end_job(ranks: Ranks) -> None:
+    """Wait until rank 0 has spoken; if torchrun would restart the ranks, to fail over the same mistake, end torchrun.
+
+    It ends upon SIGTERM, which it passes on to its ranks; no exit code means as much to it. One rank of each node asks,
+    before any other one leaves.
+    """
+    asks = ranks.restarts_left and not ranks.local_rank
+    patience = 0.0 if ranks.is_main else RANK_0_SPEAKS_SECONDS * (2 if ranks.restarts_left and not asks else 1)
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline and not stop_requested():
         time.sleep(0.05)
+    if asks and not stop_requested() and _catches_sigterm(parent_at_start()):
+        os.kill(parent_at_start(), signal.SIGTERM)
+
+
+def _catches_sigterm(pid: int) -> bool:
+    """True if the process handles SIGTERM, as torchrun does, and not a script between it and this process."""
+    try:
+        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def refuse_uncaught() -> None:

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGINT or SIGUSR1 set a flag that the training looks at. Imports no torch."""
+"""Stop requests: signals that set a flag, at which the training looks. Imports no torch."""
 
 import signal
 import threading
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1; a second SIGINT ends the process at once."""
+    """Set by any of `STOP_SIGNALS`; a second SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -21,14 +21,16 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the three signals; enter it before slow imports, during which a signal would be lost.
+        """Handle the signals; enter it before slow imports, during which a signal would be lost.
 
-        Handlers belong to the process's main thread: in another thread this changes nothing.
+        Handlers belong to the process's main thread: in another thread this changes nothing. A SIGHUP that is ignored,
+        as under nohup, stays so.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
+        deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        before = {number: signal.signal(number, self._set) for number in STOP_SIGNALS if number not in deaf}
         try:
             yield
         finally:
@@ -39,9 +41,10 @@ class StopRequest:
 
     @staticmethod
     def ignore() -> None:
-        """Ignore signals from now on, so that a late one cannot change the exit code."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+        """Ignore all but an interrupt from now on, so that a late one cannot change the exit code."""
+        for number in STOP_SIGNALS:
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
 
     def _set(self, number: int, _frame: FrameType | None) -> None:
         if self._requested and number == signal.SIGINT:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ddp_circles import train as command_line
+from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.job.store import serve_store
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -182,7 +183,7 @@ def _run(
     write_output_to(log)
     forget_launcher()
     os.environ.update(variables)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     try:
         sender.send(function(*arguments))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.runs import LAUNCHERS, PLAIN, PROJECT, Launcher, bits, metrics, run, status, torchrun
+from tests.harness.runs import LAUNCHERS, PLAIN, PROJECT, Launcher, agent, bits, metrics, run, status, torchrun
 
 EPOCHS = 6
 STEPS_PER_EPOCH = 13
@@ -85,3 +85,22 @@ def test_a_mistake_is_said_once(launch: Launcher, flags: tuple[str, ...], compla
     assert len(re.findall(complaint, job.output)) == 1, job.output
     assert f"{PROJECT / 'ddp_circles'}/" not in job.output  # the agent's own traceback may show, none of ours
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", [("--lr=-1",), pytest.param(("--run-dir=/dev/null/x",), marks=pytest.mark.thorough)])
+def test_a_mistake_is_not_worth_a_restart(flags: tuple[str, ...], tmp_path: Path) -> None:
+    with torchrun(tmp_path / "log", 3, None, *flags, options=["--max-restarts=3"], cwd=tmp_path) as job:
+        assert job.wait(100) not in (0, 75)
+        assert job.workers() == []
+    assert len(re.findall(rf"{flags[0].partition('=')[0]} (must|/dev/null/x cannot)", job.output)) == 1, job.output
+    assert f"{PROJECT / 'ddp_circles'}/" not in job.output
+
+
+def test_a_rank_that_raises_and_is_restarted_says_why(tmp_path: Path) -> None:
+    """torchrun prints what the last start has recorded, and nothing of those before."""
+    with agent(
+        tmp_path / "log", 2, tmp_path / "run", *FLAGS, "--fault=raise@1:20", options=["--max-restarts=1"]
+    ) as job:
+        assert job.wait(100) == 0, job.output
+    assert len(re.findall(r"^\[rank 1\] .*InjectedFaultError: ", job.output, re.MULTILINE)) == 1, job.output
+    assert status(tmp_path / "run") == "finished"

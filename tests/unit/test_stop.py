@@ -1,12 +1,21 @@
-"""Stop requests: what the three signals do, and when."""
+"""Stop requests: what the signals do, and when."""
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from ddp_circles.job.stop import STOP_SIGNALS, StopRequest
 from tests.harness.ranks import Job
+
+
+@pytest.fixture(autouse=True)
+def no_nohup() -> Iterator[None]:
+    """Let SIGHUP be heard, even if the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -23,6 +32,30 @@ def test_handlers_are_given_back() -> None:
     with StopRequest().listening():
         assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_under_nohup_a_closed_terminal_is_no_request() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop_requested = StopRequest()
+    with stop_requested.listening(), stop_requested.listening():
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop_requested()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop_requested()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def outlive_late_signals() -> None:
+    StopRequest.ignore()
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT:
+            signal.raise_signal(number)
+
+
+def test_late_signals_do_not_change_the_exit_code() -> None:
+    with Job(outlive_late_signals, 1) as job:
+        (outcome,) = job.wait(30)
+    assert outcome.code == 0
 
 
 def test_a_request_outlives_an_inner_listener_but_not_the_outer_one() -> None:

@@ -8,11 +8,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from ddp_circles import cli
 from ddp_circles.errors import UserError
@@ -55,6 +56,16 @@ def print_traceback(text: str) -> None:
         cli.print_traceback(Ranks(world_size=2))
 
 
+def leave_to_torchrun(text: str) -> None:
+    """What torchrun prints about a rank that raised."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "error.json"
+        with patch.object(cli, "read_ranks", return_value=Ranks(error_file=file)):
+            assert cli.run(Mock(side_effect=LookupError(text))) == 1
+        failure = ProcessFailure(0, 1, 1, str(file))
+    print(ChildFailedError("train", {0: failure}).format_msg())
+
+
 def copy(error: type[Exception]) -> Callable[[str], None]:
     def fail(text: str) -> None:
         with (
@@ -83,6 +94,7 @@ SINKS: dict[str, Callable[[str], Any]] = {
     "warn": warn,
     "refuse": refuse,
     "print_traceback": print_traceback,
+    "torchrun": leave_to_torchrun,
     "Watch.say": lambda text: Watch(Ranks()).say(text),
     "copy refused": copy(UserError),
     "copy failed": copy(RuntimeError),
@@ -102,7 +114,7 @@ def test_no_sink_passes_control_characters_on(sink: str, text: str) -> None:
     assert not control(printed.getvalue())
 
 
-@pytest.mark.parametrize("sink", ["say", "warn", "refuse", "print_traceback", "Watch.say", "copy refused"])
+@pytest.mark.parametrize("sink", ["say", "warn", "refuse", "print_traceback", "torchrun", "Watch.say", "copy refused"])
 def test_our_own_line_ends_stay(sink: str) -> None:
     printed = io.StringIO()
     with redirect_stdout(printed), redirect_stderr(printed):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.records.wandb_copy import without_secrets
 from ddp_circles.records.wandb_follower import choose_mode, new_run_id
 from tests.harness.ranks import Job
@@ -239,15 +240,14 @@ def test_no_kill_costs_or_repeats_an_epoch(folder: Path, home: Path, killed: str
 
 @pytest.mark.timeout(60)
 def test_neither_signals_of_the_job_nor_lagging_behind_cost_anything(folder: Path) -> None:
-    told = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     run = Tracked(folder)
-    for number in told:
+    for number in STOP_SIGNALS:
         run.program.send_signal(number)  # before it has come so far as to ignore anything
     run.wait_until_copying()
-    for number in told:
+    for number in STOP_SIGNALS:
         run.program.send_signal(number)
     assert os.getsid(run.program.pid) != os.getsid(0)
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(told), "the trainer hears them"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS), "the trainer hears them"
     run.program.suspend()
     started = time.monotonic()
     run.log(*range(1000))
