@@ -20,14 +20,13 @@ from ddp_circles import loop
 from ddp_circles.config import Config, flags_of, in_arguments, naming_arguments
 from ddp_circles.contract import TOLERANCE, check_data, check_metrics, check_model, check_training
 from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
-from ddp_circles.errors import EXIT_STOPPED, FileError, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
+from ddp_circles.errors import EXIT_STOPPED, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.faults import Fault, Rehearsal
 from ddp_circles.job.ranks import how_to_continue, read_ranks, spell_ranks
 from ddp_circles.job.stop import stop_requested
-from ddp_circles.job.watch import WAITED, Watch
-from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
+from ddp_circles.job.world import World, open_world, pin_threads, telling_others
 from ddp_circles.memory import require_memory
 from ddp_circles.metrics import LocalTally, Metric, Progress
 from ddp_circles.models import Classifier, class_count, loss_sum, state_of
@@ -76,20 +75,21 @@ def fit(
             raise UserError(f"fit() takes a Config first, got {type(config).__name__}")
         ranks = read_ranks()
         pin_threads(config.threads)
-        with (
-            Watch(ranks) as watch,
-            open_world(ranks, config.device, config.backend, config.timeout, flags_of(config)) as world,
-            ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
-            _telling_others(world, watch),
-        ):
-            watch.connect(world.store)
-            return _fit_in_world(config, world, watch, at_end, model, data, loss, metrics)
+        try:
+            with (
+                open_world(ranks, config.device, config.backend, config.timeout, flags_of(config)) as world,
+                ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
+                telling_others(world.ranks, world.watch, in_arguments),
+            ):
+                return _fit_in_world(config, world, at_end, model, data, loss, metrics)
+        except StopRequestedError:
+            # These two kill the other ranks over any other code, rank 0 while it still writes among them.
+            raise SystemExit(0 if ranks.launcher in ("torchrun", "mpirun") else EXIT_STOPPED) from None
 
 
 def _fit_in_world(
     config: Config,
     world: World,
-    watch: Watch,
     at_end: ExitStack,
     model: nn.Module | None,
     data: Split | None,
@@ -123,7 +123,7 @@ def _fit_in_world(
     tally = LocalTally(world.device, metrics=metrics, accuracy=accuracy, exact=exact)
     samples = len(split.train.inputs)
     recorder = Recorder(
-        watch=watch,
+        watch=world.watch,
         rehearsal=Rehearsal(fault, path / "fault", bare) if fault and fault.rank == world.ranks.rank else None,
         writer=world.together(
             lambda: _make_writer(config, world, found, bare, optimizer) if world.ranks.is_main else None
@@ -386,27 +386,3 @@ def _process_as_found() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = fills
         torch.set_float32_matmul_precision(precision)
         cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
-
-
-@contextmanager
-def _telling_others(world: World, watch: Watch) -> Iterator[None]:
-    """Tell the other ranks how this one ends, and turn what it ends by into an exit code."""
-    try:
-        yield
-    except UserError:
-        raise
-    except StopRequestedError:
-        # These two kill the other ranks over any other code, rank 0 while it still writes among them.
-        raise SystemExit(0 if world.ranks.launcher in ("torchrun", "mpirun") else EXIT_STOPPED) from None
-    except (OutOfRangeError, RunDirTakenError, FileError) as error:
-        advice = ". When that is put right, the same command goes on from the last checkpoint"
-        watch.say(in_arguments(f"{error}{advice if isinstance(error, FileError) else ''}"))
-        watch.last_words(f"raised {type(error).__name__}")
-        raise SystemExit(1) from None
-    except Exception as error:
-        if world.ranks.world_size > 1 and is_lost_peer(error):
-            reason = first_sentence(error)
-            watch.last_words(WAITED, lambda missing: watch.say(f"lost a peer: {missing} ({reason})"))
-            raise SystemExit(1) from None
-        watch.last_words(f"raised {type(error).__name__}")
-        raise

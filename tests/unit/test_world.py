@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,9 @@ def test_torchrun_inside_a_slurm_step_wins() -> None:
     assert (ranks.rank, ranks.world_size, ranks.launcher, ranks.job_id) == (5, 8, "torchrun", "night")
 
 
-@pytest.mark.parametrize("run_id", ["none", "", None])
-def test_a_run_id_of_none_counts_as_missing(run_id: str | None) -> None:
-    environment = without(TORCHRUN, "TORCHELASTIC_RUN_ID") | ({} if run_id is None else {"TORCHELASTIC_RUN_ID": run_id})
+@pytest.mark.parametrize("run_id", ["none", ""])
+def test_a_run_id_of_none_counts_as_missing(run_id: str) -> None:
+    environment = TORCHRUN | {"TORCHELASTIC_RUN_ID": run_id}
     assert read_ranks(environment).job_id is None
     assert read_ranks(environment | SBATCH).job_id == "77"
 
@@ -372,24 +371,6 @@ def gloo_interface() -> str:
 def test_gloo_uses_loopback_on_one_node_by_default() -> None:
     assert run_ranks(gloo_interface, 2) == ["lo", "lo"]
     assert run_ranks(gloo_interface, 1, environment={"GLOO_SOCKET_IFNAME": "lo,lo"}) == ["lo,lo"]
-
-
-def wait_for_missing_rank() -> tuple[float, str]:
-    started = time.monotonic()
-    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), "cpu", "gloo", 2, {}):
-        pass
-    assert is_lost_peer(refused.value)
-    return time.monotonic() - started, str(refused.value)
-
-
-def test_the_wait_for_a_missing_rank_is_bounded() -> None:
-    with Job(wait_for_missing_rank, 1, environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}) as job:
-        [outcome] = job.wait(60)
-    assert outcome.code == 0, outcome.output
-    seconds, message = outcome.value
-    assert seconds < 20
-    assert "rank 0 did not find the other 1 ranks" in message
-    assert "GLOO_SOCKET_IFNAME" in message
 
 
 def lose_peer() -> bool:
