@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def visible(text: str) -> str:
@@ -30,6 +32,17 @@ def spell_numbers(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def beside_python(name: str) -> str:
+    """The program `name` of this Python's environment as a word of a shell command, to be started from this folder.
+
+    PATH does not tell: the launch scripts put the environment on theirs, which is not the user's.
+    """
+    program = Path(sys.executable).parent / name
+    if not program.exists():
+        return name
+    return shlex.quote(str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program))
 
 
 def warn(message: str) -> None:

@@ -19,7 +19,7 @@ from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.watch import Watch
 from ddp_circles.records import wandb_copy
-from ddp_circles.terminal import say, spell_numbers, visible, warn
+from ddp_circles.terminal import beside_python, say, spell_numbers, visible, warn
 from ddp_circles.verify.findings import Finding
 from ddp_circles.verify.report import Report
 
@@ -115,3 +115,18 @@ def test_our_own_line_ends_stay(sink: str) -> None:
 )
 def test_numbers_are_spelled_as_ranges(numbers: list[int], spelled: str) -> None:
     assert spell_numbers(numbers) == spelled
+
+
+@pytest.mark.parametrize("place, said", [("a b/.venv", "'a b/.venv/bin/wandb'"), ("..", "{}/bin/wandb")])
+def test_a_program_is_named_so_that_the_name_works_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, said: str
+) -> None:
+    here = tmp_path / "here"
+    program = (here / place / "bin" / "wandb").resolve()
+    program.parent.mkdir(parents=True)
+    here.mkdir(exist_ok=True)
+    program.touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    assert beside_python("wandb") == said.format(tmp_path)
+    assert beside_python("torchrun") == "torchrun", "not there: left to PATH"
