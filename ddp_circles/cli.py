@@ -13,7 +13,7 @@ import tyro
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.job.ranks import Ranks, read_ranks
 from ddp_circles.job.stop import stop_requested
-from ddp_circles.terminal import visible, visible_lines
+from ddp_circles.terminal import open_streams, visible, visible_lines
 
 RANK_0_SPEAKS_SECONDS = 5.0
 """Time that the other ranks give rank 0 to print its message before they leave over a user's mistake."""
@@ -30,6 +30,7 @@ def parse(form: type[T], arguments: list[str], *, program: str, default: T | Non
 
 def run(command: Callable[[Ranks], int]) -> int:
     """Call `command` with this process's ranks; returns the exit code."""
+    open_streams()
     ranks = Ranks()
     try:
         ranks = read_ranks()

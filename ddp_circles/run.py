@@ -1,6 +1,7 @@
 """The composition root: `fit` builds what a training needs, wires it together, and takes it down again."""
 
 import dataclasses
+import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
 from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, new_run_id
-from ddp_circles.terminal import warn
+from ddp_circles.terminal import open_streams, warn
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def fit(
     `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit code of the
     contract, and when another rank is lost.
     """
+    open_streams()
     with stop_requested.listening():
         ranks = read_ranks()
         pin_threads(config.threads)
@@ -315,11 +317,19 @@ def _summary(
 
 
 def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
-    """Draw the pictures of a finished run; rank 0 alone calls this."""
-    if config.plots:
+    """Draw the pictures of a finished run, on rank 0 alone; a failure is a warning, for the run has all else."""
+    if not config.plots:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)  # perhaps a notebook's, missing here; the pictures need none
+    try:
         from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
         draw_run(bare, split, run_dir)
+    except Exception as error:
+        warn(f"no pictures in {run_dir / 'plots'}: {type(error).__name__}: {error}")
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 @contextmanager

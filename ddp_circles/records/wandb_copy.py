@@ -17,8 +17,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
-from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode
-from ddp_circles.terminal import visible, visible_lines
+from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode, expanded
+from ddp_circles.terminal import open_streams, visible, visible_lines
 
 LOCK_SECONDS = 30.0
 """Longest wait for an earlier copy to end; longer than `ORPHAN_SECONDS`."""
@@ -33,6 +33,7 @@ online where credentials are configured, else offline"""
 
 def main() -> None:
     """Parse, copy, and leave with 0, with 2 for bad input, or with 1 if the copy failed."""
+    open_streams()
     parser = argparse.ArgumentParser(prog="python -m ddp_circles.records.wandb_copy", description=DESCRIPTION)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run that is not training now")
     parser.add_argument("--wandb", choices=["auto", "online", "offline"], default="auto", help=MODE_HELP)
@@ -61,6 +62,8 @@ def _copy(run_dir: Path, wanted: str, trainer: int | None) -> None:
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     for name in ("WANDB_MODE", "WANDB_SERVICE"):
         os.environ.pop(name, None)
+    if expanded("~") == Path("~"):  # a user without a home, as in a container: wandb needs some place for its caches
+        os.environ["HOME"] = str((run_dir / "wandb").absolute())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nobody is asked for anything
     from ddp_circles.records.wandb_run import copy_run  # noqa: PLC0415 - the seam: wandb is slow to import
 

@@ -149,7 +149,7 @@ def choose_mode(mode: str) -> Mode:
 
 
 def _wandb_settings() -> dict[str, str]:
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    folder = expanded(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read([folder / "settings", Path("wandb", "settings")])
@@ -163,7 +163,12 @@ def _has_wandb_credentials(settings: dict[str, str]) -> bool:
         return True
     server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
     for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
-        with contextlib.suppress(OSError, netrc.NetrcParseError, RuntimeError, UnicodeDecodeError):
-            login = netrc.netrc(Path(name).expanduser()).authenticators(urlsplit(server).netloc)
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            login = netrc.netrc(expanded(name)).authenticators(urlsplit(server).netloc)
             return login is not None and bool(login[2])
     return False
+
+
+def expanded(name: str) -> Path:
+    """The path `name` with the home for `~`, which stays where there is none: no such file will be found."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises there
