@@ -34,7 +34,7 @@ from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
-from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, new_run_id
+from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, choose_project, new_run_id
 from ddp_circles.terminal import open_streams, warn
 
 
@@ -278,7 +278,7 @@ def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, op
         follower=WandbFollower(
             found.run_dir.path,
             mode=choose_mode(config.wandb),
-            project=config.wandb_project,
+            project=choose_project(config.wandb_project, default=Config.wandb_project),
             run_id=tracking_id,
             config=dataclasses.asdict(config) | {"world_size": world.ranks.world_size},
         ),

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
-from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode, expanded
+from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode, expanded, wandb_folder
 from ddp_circles.terminal import open_streams, visible, visible_lines
 
 LOCK_SECONDS = 30.0
@@ -60,26 +60,29 @@ def _copy(run_dir: Path, wanted: str, trainer: int | None) -> None:
     else:
         threading.Thread(target=_end_after, args=(trainer,), daemon=True).start()
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    # As variables: a sweep's agent has set these two, and within a sweep wandb would not take them from a caller.
+    os.environ |= {"WANDB_RUN_ID": run["run_id"], "WANDB_PROJECT": run["project"]}
+    os.environ |= run["variables"] | os.environ
     for name in ("WANDB_MODE", "WANDB_SERVICE"):
         os.environ.pop(name, None)
     if expanded("~") == Path("~"):  # a user without a home, as in a container: wandb needs some place for its caches
-        os.environ["HOME"] = str((run_dir / "wandb").absolute())
+        os.environ["HOME"] = str(wandb_folder(run_dir).absolute())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nobody is asked for anything
     from ddp_circles.records.wandb_run import copy_run  # noqa: PLC0415 - the seam: wandb is slow to import
 
-    (run_dir / "wandb").mkdir(exist_ok=True)
+    wandb_folder(run_dir).mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run_dir / "wandb" / ".lock", timeout=LOCK_SECONDS):
-            copy_run(run_dir, mode=mode, trainer=trainer, **run)
+        with FileLock(wandb_folder(run_dir) / f".{run['run_id']}.lock", timeout=LOCK_SECONDS):
+            copy_run(run_dir, mode=mode, run_id=run["run_id"], config=run["config"], trainer=trainer)
     except Timeout:
         raise UserError(f"{run_dir} is being copied by another process: wait for it") from None
 
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
-    """The run's `run_id`, `project` and `config`."""
+    """The run's `run_id`, `project`, `config` and `variables`."""
     try:
-        run = json.loads((run_dir / RUN_FILE).read_bytes())
-        return {name: run[name] for name in ("run_id", "project", "config")}
+        run = {"variables": {}} | json.loads((run_dir / RUN_FILE).read_bytes())
+        return {name: run[name] for name in ("run_id", "project", "config", "variables")}
     except FileNotFoundError:
         raise UserError(f"{run_dir} is not a run directory: it has no {RUN_FILE}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
