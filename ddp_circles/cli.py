@@ -14,7 +14,7 @@ import tyro
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.job.ranks import Ranks, read_ranks
 from ddp_circles.job.refusal import end_job, refuse
-from ddp_circles.terminal import visible_lines
+from ddp_circles.terminal import open_streams, visible_lines
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ def parse(form: type[T], arguments: list[str], *, program: str, default: T | Non
 
 def run(command: Callable[[Ranks], int]) -> int:
     """Call `command` with this process's ranks; returns the exit code."""
+    open_streams()
     ranks = Ranks()
     try:
         ranks = read_ranks()

@@ -13,7 +13,7 @@ from ddp_circles.config import in_arguments
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.refusal import refuse
-from ddp_circles.terminal import visible_lines
+from ddp_circles.terminal import open_streams, visible_lines
 
 EXIT_INTERRUPTED = 130
 
@@ -42,6 +42,7 @@ class CommandLine:
 
 def main() -> None:
     """Parse, predict, and leave with the exit code of the contract."""
+    open_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a terminated run tidies up like Ctrl-C
     sys.exit(run(sys.argv[1:]))
 

@@ -34,8 +34,8 @@ from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
-from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, new_run_id
-from ddp_circles.terminal import warn
+from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, choose_project, new_run_id
+from ddp_circles.terminal import open_streams, warn
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
@@ -70,6 +70,7 @@ def fit(
     `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit code of the
     contract, and when another rank is lost.
     """
+    open_streams()
     with stop_requested.listening(), naming_arguments(), _process_as_found():
         if not isinstance(config, Config):
             raise UserError(f"fit() takes a Config first, got {type(config).__name__}")
@@ -315,7 +316,7 @@ def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, op
         follower=WandbFollower(
             found.run_dir.path,
             mode=choose_mode(config.wandb),
-            project=config.wandb_project,
+            project=choose_project(config.wandb_project, default=Config.wandb_project),
             run_id=tracking_id,
             config=dataclasses.asdict(config) | {"world_size": world.ranks.world_size},
         ),
@@ -354,11 +355,19 @@ def _summary(
 
 
 def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
-    """Draw the pictures of a finished run; rank 0 alone calls this."""
-    if config.plots:
+    """Draw the pictures of a finished run, on rank 0 alone; a failure is a warning, for the run has all else."""
+    if not config.plots:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)  # perhaps a notebook's, missing here; the pictures need none
+    try:
         from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
         draw_run(bare, split, run_dir)
+    except Exception as error:
+        warn(f"no pictures in {run_dir / 'plots'}: {type(error).__name__}: {error}")
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 @contextmanager

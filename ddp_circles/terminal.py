@@ -1,11 +1,28 @@
 """Console lines and warnings: standard output for what happens, standard error for warnings."""
 
 import contextlib
+import io
 import os
 import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def open_streams() -> None:
+    """Let no print end a program, neither over a closed stream nor over a character that the terminal cannot show."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file to be opened would get the number, and what libraries print
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (
+        stream or open(number, "w", closefd=False)  # noqa: SIM115
+        for number, stream in ((1, sys.stdout), (2, sys.stderr))
+    )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
+            stream.reconfigure(errors="backslashreplace")
 
 
 def visible(text: str) -> str:

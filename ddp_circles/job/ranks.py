@@ -132,7 +132,7 @@ def spell_ranks(ranks: Iterable[int]) -> str:
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Find this process's ranks: RANK first, of torchrun or set by hand, then mpirun's variables, then the Slurm step's.
+    """Find this process's ranks: RANK first, of torchrun or set by hand, then mpirun's, then the Slurm step's.
 
     Raises `UserError` where the variables contradict each other.
     """

@@ -211,7 +211,8 @@ def _join(
     own, backend = _agree(store, ranks, device, backend, settings)
     if ranks.one_machine:  # neither library needs to listen beyond it
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, "lo")
+            if ranks.world_size == 1 or not os.environ.get(name):  # alone, a rank needs no card that is named
+                os.environ[name] = "lo"
     watch.mark(CONNECTING, 0, 0)
     dist.init_process_group(
         backend,

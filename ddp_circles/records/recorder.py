@@ -65,8 +65,10 @@ class Recorder:
     # ---- what the loop tells
 
     def before_step(self, step: int) -> None:
-        """Note the step for the heartbeat, and let a planned fault happen."""
+        """Note the step for the heartbeat and, where somebody watches, the bar; let a planned fault happen."""
         self.watch.mark("train", step // self.steps_per_epoch, step)
+        if self.writer is not None and self.writer.console.watched:
+            self.writer.console.move(step / self.steps_per_epoch)
         if self.rehearsal is not None:
             self.rehearsal.reach(step)
 

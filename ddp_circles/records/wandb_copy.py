@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from ddp_circles.errors import EXIT_BAD_INPUT, FileError, UserError
 from ddp_circles.reading import LONGEST, read_json
 from ddp_circles.records.files import check_places
-from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode
-from ddp_circles.terminal import visible, visible_lines
+from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode, expanded, wandb_folder
+from ddp_circles.terminal import open_streams, visible, visible_lines
 
 LOCK_SECONDS = 30.0
 """Longest wait for an earlier copy to end; longer than `ORPHAN_SECONDS`."""
@@ -34,6 +34,7 @@ online where credentials are configured, else offline"""
 
 def main() -> None:
     """Parse, copy, and leave with 0, with 2 for bad input, or with 1 if the copy failed."""
+    open_streams()
     parser = argparse.ArgumentParser(prog="python -m ddp_circles.records.wandb_copy", description=DESCRIPTION)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run that is not training now")
     parser.add_argument("--wandb", choices=["auto", "online", "offline"], default="auto", help=MODE_HELP)
@@ -61,25 +62,30 @@ def _copy(run_dir: Path, wanted: str, trainer: int | None) -> None:
     else:
         threading.Thread(target=_end_after, args=(trainer,), daemon=True).start()
     os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    # As variables: a sweep's agent has set these two, and within a sweep wandb would not take them from a caller.
+    os.environ |= {"WANDB_RUN_ID": run["run_id"], "WANDB_PROJECT": run["project"]}
+    os.environ |= run["variables"] | os.environ
     for name in ("WANDB_MODE", "WANDB_SERVICE"):
         os.environ.pop(name, None)
+    if expanded("~") == Path("~"):  # a user without a home, as in a container: wandb needs some place for its caches
+        os.environ["HOME"] = str(wandb_folder(run_dir).absolute())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nobody is asked for anything
     from ddp_circles.records.wandb_run import copy_run  # noqa: PLC0415 - the seam: wandb is slow to import
 
-    (run_dir / "wandb").mkdir(exist_ok=True)
+    wandb_folder(run_dir).mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run_dir / "wandb" / ".lock", timeout=LOCK_SECONDS):
-            copy_run(run_dir, mode=mode, trainer=trainer, **run)
+        with FileLock(wandb_folder(run_dir) / f".{run['run_id']}.lock", timeout=LOCK_SECONDS):
+            copy_run(run_dir, mode=mode, run_id=run["run_id"], config=run["config"], trainer=trainer)
     except Timeout:
         raise UserError(f"{run_dir} is being copied by another process: wait for it") from None
 
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
-    """The run's `run_id`, `project` and `config`."""
+    """The run's `run_id`, `project`, `config` and `variables`."""
     try:
-        run = read_json(run_dir / RUN_FILE, LONGEST)
-        kinds = {"run_id": str, "project": str, "config": dict}
-        if not isinstance(run, dict) or not all(isinstance(run.get(name), kind) for name, kind in kinds.items()):
+        run = {"variables": {}} | read_json(run_dir / RUN_FILE, LONGEST)
+        kinds = {"run_id": str, "project": str, "config": dict, "variables": dict}
+        if not all(isinstance(run.get(name), kind) for name, kind in kinds.items()):
             raise UserError(f"{run_dir / RUN_FILE} cannot be read: a training writes {', '.join(kinds)} there")
         return {name: run[name] for name in kinds}
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.records.files import write_atomically
-from ddp_circles.terminal import visible, warn
+from ddp_circles.terminal import beside_python, visible, warn
 
 Mode = Literal["online", "offline", "disabled"]
 READY_SECONDS = 60.0
@@ -30,6 +30,10 @@ UNFINISHED_SECONDS = 3.0
 """Longest wait at the end of a run that was stopped, or failed."""
 RUN_FILE = ".wandb.json"
 """The run's id, project and configuration, for `wandb_copy`, now or later."""
+KEPT_VARIABLES = (
+    "WANDB_ENTITY", "WANDB_JOB_TYPE", "WANDB_NAME", "WANDB_NOTES", "WANDB_RUN_GROUP", "WANDB_SWEEP_ID", "WANDB_TAGS"
+)  # fmt: skip
+"""Variables that say what the run is: a later copy, on another machine perhaps, has them from `RUN_FILE`."""
 
 
 class WandbFollower:
@@ -41,7 +45,8 @@ class WandbFollower:
     def __init__(self, run_dir: Path, *, mode: Mode, project: str, run_id: str, config: dict[str, Any]) -> None:
         self._run_dir = run_dir
         self._mode = mode
-        self._run = {"run_id": run_id, "project": project, "config": config}
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        self._run = {"run_id": run_id, "project": project, "config": config, "variables": kept}
         self._process: subprocess.Popen[bytes] | None = None
         """The program while it is followed."""
         self._output: IO[bytes] | None = None
@@ -57,6 +62,10 @@ class WandbFollower:
             return
         if self._mode == "disabled":
             return
+        own = self._run["run_id"]
+        for name, value in (("WANDB_RUN_ID", own), ("WANDB_RESUME", "allow")):
+            if (given := os.environ.get(name) or value) != value:
+                warn(f"{name}={given} is ignored: Weights & Biases gets this run as {own}, also when it is continued")
         try:
             self._output = tempfile.TemporaryFile()  # noqa: SIM115
             self._process = _start_program(self._run_dir, self._mode, self._output)
@@ -100,7 +109,8 @@ class WandbFollower:
         self._give_up(cause)
 
     def _give_up(self, cause: str) -> None:
-        later = f"`python -m ddp_circles.records.wandb_copy {shlex.quote(str(self._run_dir))}` copies it later"
+        python, folder = beside_python(Path(sys.executable).name), shlex.quote(str(self._run_dir))
+        later = f"`{python} -m ddp_circles.records.wandb_copy {folder}` copies it later"
         warn(f"Weights & Biases is left out from here on ({cause}); metrics.jsonl has everything, and {later}")
         self._let_go()
 
@@ -120,7 +130,7 @@ def _start_program(run_dir: Path, mode: Mode, output: IO[bytes]) -> "subprocess.
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
             start_new_session=True,
         )
     finally:
@@ -128,20 +138,27 @@ def _start_program(run_dir: Path, mode: Mode, output: IO[bytes]) -> "subprocess.
 
 
 def new_run_id(*, first: bool) -> str:
-    """A short id that no other run has; for the `first` run of a process in a sweep, the one its agent has given."""
+    """A short id that no other run has; for the `first` run of a process, WANDB_RUN_ID, which a sweep's agent sets."""
     given = os.environ.get("WANDB_RUN_ID") if first else None
     return given or "".join(SystemRandom().choices(ascii_lowercase + digits, k=8))
+
+
+def choose_project(flag: str, *, default: str) -> str:
+    """The `flag` unless it says the `default`, then WANDB_PROJECT, then wandb's settings file."""
+    named = os.environ.get("WANDB_PROJECT") or _wandb_settings().get("project")
+    return named if named and flag == default else flag
 
 
 def choose_mode(mode: str) -> Mode:
     """Resolve `--wandb` for this machine; `auto` asks the environment and files, never a person or a server.
 
-    `auto` is WANDB_MODE or the mode in wandb's settings file where one is set, else online where there are credentials
-    for the server, else offline.
+    `auto` is what WANDB_DISABLED, WANDB_MODE or the mode in wandb's settings file say, else online where there are
+    credentials for the server, else offline.
     """
     if mode == "auto":
         settings = _wandb_settings()
-        mode = os.environ.get("WANDB_MODE") or settings.get("mode") or ""
+        disabled = "disabled" if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "true", "yes") else ""
+        mode = disabled or os.environ.get("WANDB_MODE") or settings.get("mode") or ""
         mode = mode or ("online" if _has_wandb_credentials(settings) else "offline")
     if mode in ("online", "run", "shared"):
         return "online"
@@ -149,10 +166,10 @@ def choose_mode(mode: str) -> Mode:
 
 
 def _wandb_settings() -> dict[str, str]:
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    folder = expanded(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read([folder / "settings", Path("wandb", "settings")])
+        parser.read([folder / "settings", wandb_folder(Path()) / "settings"])
     except (OSError, configparser.Error, UnicodeDecodeError):
         return {}
     return dict(parser["default"]) if parser.has_section("default") else {}
@@ -163,7 +180,17 @@ def _has_wandb_credentials(settings: dict[str, str]) -> bool:
         return True
     server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
     for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
-        with contextlib.suppress(OSError, netrc.NetrcParseError, RuntimeError, UnicodeDecodeError):
-            login = netrc.netrc(Path(name).expanduser()).authenticators(urlsplit(server).netloc)
+        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            login = netrc.netrc(expanded(name)).authenticators(urlsplit(server).netloc)
             return login is not None and bool(login[2])
     return False
+
+
+def wandb_folder(run_dir: Path) -> Path:
+    """The folder that wandb keeps its files in: that of the run, unless WANDB_DIR names another."""
+    return expanded(os.environ.get("WANDB_DIR") or str(run_dir)) / "wandb"
+
+
+def expanded(name: str) -> Path:
+    """The path `name` with the home for `~`, which stays where there is none: no such file will be found."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises there

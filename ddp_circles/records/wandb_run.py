@@ -13,8 +13,8 @@ import wandb
 
 from ddp_circles.reading import LONGEST, opened, read_json, read_text
 from ddp_circles.records.metrics_file import LONGEST_METRICS, Row, parse_rows
-from ddp_circles.records.wandb_follower import FINISHED_SECONDS
-from ddp_circles.terminal import visible
+from ddp_circles.records.wandb_follower import FINISHED_SECONDS, wandb_folder
+from ddp_circles.terminal import beside_python, visible
 
 SETTINGS: dict[str, Any] = {
     "silent": True,
@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "label_disable": True,
     "sagemaker_disable": True,
     "save_code": False,
+    "use_dot_wandb": False,
     "x_disable_machine_info": True,
     "x_disable_meta": True,
     "x_disable_stats": True,
@@ -42,28 +43,27 @@ def copy_run(
     *,
     mode: Literal["online", "offline"],
     run_id: str,
-    project: str,
     config: dict[str, Any],
     trainer: int | None,
 ) -> None:
     """Log the epochs in `run_dir` until the run is over or `trainer` is no longer this process's parent.
 
+    WANDB_RUN_ID must say `run_id`; project and all else that the variables say is wandb's own matter.
     Online, epochs that the server has are passed over. Offline, the copy is built anew, and then those of earlier
     starts are removed: `wandb sync` would let one folder replace the epochs of another.
     """
-    earlier = _offline_copies(run_dir, run_id) if mode == "offline" else []
-    while earlier and _offline_copies(run_dir, run_id, begun=time.strftime("%Y%m%d_%H%M%S")):
+    folder = wandb_folder(run_dir)
+    earlier = _offline_copies(folder, run_id) if mode == "offline" else []
+    while earlier and _offline_copies(folder, run_id, begun=time.strftime("%Y%m%d_%H%M%S")):
         time.sleep(0.1)  # the new folder is named after the second it is begun in
     run = wandb.init(
         mode=mode,
-        project=project,
-        id=run_id,
         resume="allow",
-        dir=run_dir,
+        dir=folder.parent,
         config=config,
         settings=wandb.Settings(**{name: SETTINGS[name] for name in SETTINGS if name in wandb.Settings.model_fields}),
     )
-    upload = f"wandb sync {shlex.quote(str(Path(run.dir).parent))}"
+    upload = f"{beside_python('wandb')} sync {shlex.quote(str(Path(run.dir).parent))}"
     print(visible(f"wandb: {run.url or f'offline; to upload: {upload}'}"), flush=True)
     for name in ("train/*", "test/*", "plots/*", "seconds", "step"):
         run.define_metric(name, step_metric="epoch")
@@ -82,9 +82,9 @@ def copy_run(
     run.finish(exit_code=0 if finished else 1)
 
 
-def _offline_copies(run_dir: Path, run_id: str, begun: str = "????????_??????") -> list[Path]:
+def _offline_copies(folder: Path, run_id: str, begun: str = "????????_??????") -> list[Path]:
     """The folders that `wandb sync` would take for this run."""
-    found = (run_dir / "wandb").glob(f"offline-run-{begun}-{glob.escape(run_id)}")
+    found = folder.glob(f"offline-run-{begun}-{glob.escape(run_id)}")
     return [path for path in found if not path.is_symlink()]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddp_circles.records.metrics_file import Row, read_rows
+from ddp_circles.terminal import beside_python
 from tests.harness.runs import PROJECT, metrics, start, status, torchrun
 from tests.harness.tracked import wait_until, wait_until_none_at
 from tests.harness.wandb_log import epochs, only_folder
@@ -91,7 +92,7 @@ def test_without_an_account_rank_0_alone_tracks_offline(tmp_path: Path) -> None:
     said = train(tmp_path, "--wandb=auto", "--plots")
     assert epochs(tmp_path / "run") == list(range(EPOCHS))
     assert warnings_in(said) == []
-    assert said.count("wandb: offline; to upload: wandb sync ") == said.count("wandb:") == 1
+    assert said.count(f"wandb: offline; to upload: {beside_python('wandb')} sync ") == said.count("wandb:") == 1
     assert notes(tmp_path) >= {"0-training", "1-training", "0-tracking", "0-tracking-wandb", "0-training-matplotlib"}
     assert "0-training-wandb" not in notes(tmp_path)
     others = ("1-training-", "1-tracking", "launcher-training-")

@@ -15,19 +15,20 @@ from tests.harness.tracked import row
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def program(epochs: int) -> list[str]:
-    return [sys.executable, "-m", "tests.harness.programs.console", str(epochs)]
+def program(epochs: int, seconds: float = 0.0) -> list[str]:
+    return [sys.executable, "-m", "tests.harness.programs.console", str(epochs), str(seconds)]
 
 
 def test_the_console_prints_the_line_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(every=10, total_epochs=21)
-    for epoch in range(21):
+    console = Console(every=10, total_epochs=25)
+    for epoch in range(25):
         console.log({**row(epoch), "train/loss": 0.694608, "test/loss": 0.69301})
     console.close()
     console.close()
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
-        f"Epoch: {epoch} | Loss: 0.69461, Acc: 53.37% | Test loss: 0.69301, Test acc: 48.50%" for epoch in (0, 10, 20)
+        f"Epoch: {epoch} | Loss: 0.69461, Acc: 53.37% | Test loss: 0.69301, Test acc: 48.50%"
+        for epoch in (0, 10, 20, 24)
     ]
     assert printed.err == ""
 
@@ -51,7 +52,7 @@ def test_metrics_follow_the_loss_and_there_may_be_no_accuracy(capsys: pytest.Cap
 
 def test_off_a_terminal_there_is_no_bar() -> None:
     done = subprocess.run(program(20), env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 3
     assert done.stderr == "warning: in between\n"
 
 
@@ -68,13 +69,29 @@ def test_on_a_terminal_lines_and_bar_do_not_tear_each_other(tmp_path: Path, line
         assert process.wait(60) == 0
     expected = [
         f"Epoch: {epoch} | Loss: {1 / (epoch + 3):.5f}, Acc: 53.37% | Test loss: 0.30000, Test acc: 48.50%"
-        for epoch in range(0, 60, 10)
+        for epoch in (*range(0, 60, 10), 59)
     ]
     if lines_to == "file":
         assert (tmp_path / "out").read_text().splitlines() == expected
         assert screen == ["warning: in between"]
     else:
         assert screen == [*expected[:2], "warning: in between", *expected[2:]]
+
+
+def test_the_bar_moves_within_an_epoch_and_then_shows_the_loss() -> None:
+    mine, theirs = pty.openpty()
+    environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen(program(2, 0.15), stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+    os.close(theirs)
+    output = _read_all(mine)
+    assert process.wait(60) == 0
+    assert "\x1b[?25l" not in output, "the cursor is hidden, and would stay so after a kill"
+    frames = [frame for frame in re.split(r"\r|\n", output) if "epoch" in frame]
+    first = [frame for frame in frames if "0/2" in frame]
+    assert len({re.sub(r"\d:\d\d:\d\d", "", frame) for frame in first}) >= 3, "the clock apart"
+    assert not any("loss" in frame for frame in first)
+    assert all(f"loss {1 / 3:.5f}" in frame for frame in frames if "1/2" in frame)
+    assert any("1/2" in frame for frame in frames)
 
 
 def _read_all(terminal: int) -> str:

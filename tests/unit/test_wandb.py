@@ -18,7 +18,8 @@ from filelock import FileLock
 
 from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.records.wandb_copy import without_secrets
-from ddp_circles.records.wandb_follower import choose_mode, new_run_id
+from ddp_circles.records.wandb_follower import choose_mode, choose_project, new_run_id
+from ddp_circles.terminal import beside_python
 from tests.harness.ranks import Job
 from tests.harness.tracked import (
     PNG,
@@ -65,7 +66,7 @@ def copy(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Copy a run by hand."""
     return subprocess.run(
         [sys.executable, "-m", "ddp_circles.records.wandb_copy", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "COLUMNS": "200"},
         capture_output=True,
         text=True,
         timeout=100,
@@ -93,6 +94,9 @@ def test_run_ids_are_short_and_differ() -> None:
         ("auto", {"WANDB_MODE": "disabled", "WANDB_API_KEY": KEY}, {}, "disabled"),
         ("auto", {"WANDB_MODE": "dryrun", "WANDB_API_KEY": KEY}, {}, "offline"),
         ("auto", {"WANDB_MODE": "online"}, {}, "online"),
+        ("auto", {"WANDB_DISABLED": "true", "WANDB_API_KEY": KEY}, {}, "disabled"),
+        ("auto", {"WANDB_DISABLED": "false", "WANDB_API_KEY": KEY}, {}, "online"),
+        ("offline", {"WANDB_DISABLED": "true"}, {}, "offline"),
         ("auto", {}, {".netrc": f"machine api.wandb.ai login user password {KEY}"}, "online"),
         ("auto", {}, {".netrc": f"machine example.org login user password {KEY}"}, "offline"),
         ("auto", {"WANDB_BASE_URL": "http://example.org"}, {".netrc": f"machine example.org password {KEY}"}, "online"),
@@ -118,6 +122,30 @@ def test_the_mode_is_chosen_from_what_is_configured_here(
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(text)
     assert choose_mode(asked) == chosen
+
+
+def test_a_project_is_the_flag_then_the_variable_then_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(flag: str = "ddp_circles") -> str:
+        return choose_project(flag, default="ddp_circles")
+
+    assert (chosen(), chosen("flag")) == ("ddp_circles", "flag")
+    (home.parent / "wandb").mkdir()
+    (home.parent / "wandb" / "settings").write_text("[default]\nproject = file")
+    assert (chosen(), chosen("flag")) == ("file", "flag")
+    monkeypatch.setenv("WANDB_PROJECT", "variable")
+    assert (chosen(), chosen("flag")) == ("variable", "flag")
+
+
+@pytest.mark.timeout(100)
+def test_a_user_without_a_home_is_offline(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # as in a container whose user has no name
+    monkeypatch.delenv("HOME")
+    assert choose_mode("auto") == "offline"
+    Tracked(folder, "disabled").finish()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "harness" / "without_home"))
+    done = copy(folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert only_folder(folder)
 
 
 # ---- offline
@@ -164,7 +192,7 @@ def test_an_offline_copy_holds_everything_once(
     assert summary["weights_sha256"] == "abc"
     printed = capfd.readouterr()
     assert printed.out == ""
-    assert printed.err == f"wandb: offline; to upload: wandb sync {only_folder(folder)}\n"
+    assert printed.err == f"wandb: offline; to upload: {beside_python('wandb')} sync {only_folder(folder)}\n"
 
 
 @pytest.mark.timeout(60)
@@ -196,24 +224,40 @@ def test_a_continued_run_is_copied_anew_into_the_only_folder(folder: Path, capfd
     assert [without_clock(line) for line in history(folder)] == [without_clock(line) for line in before]
 
 
-@pytest.mark.thorough
-@pytest.mark.timeout(60)
-def test_the_environment_says_what_it_says_to_any_program(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(100)
+def test_the_environment_says_what_it_says_to_any_program(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (folder / "parameters.yaml").write_text("wandb_version: 1\nlr:\n  value: 0.5\n")
     words = {"NAME": "mine", "TAGS": "a,b", "NOTES": "note", "RUN_GROUP": "group", "ENTITY": "us", "SWEEP_ID": "sweep"}
     words |= {"RUN_ID": RUN_ID, "SWEEP_PARAM_PATH": str(folder / "parameters.yaml"), "MODE": "online"}
+    words |= {"PROJECT": "the agent's", "RESUME": "must", "DIR": str(folder / "there")}
     for name, value in words.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     assert new_run_id(first=True) == RUN_ID
     assert new_run_id(first=False) != RUN_ID
     run = Tracked(folder)
-    run.log(0)
-    run.finish()
-    begun = next(record.run for record in records(folder) if record.WhichOneof("record_type") == "run")
+    run.log(0, 1)
+    run.stop()
+    assert "WANDB_RESUME=must is ignored" in capfd.readouterr().err
+    monkeypatch.setenv("WANDB_RUN_ID", "other123")  # an agent that gives a continued run another id
+    again = Tracked(folder, keep=1)
+    again.log(1, 2)
+    again.finish()
+    assert "WANDB_RUN_ID=other123 is ignored: " in capfd.readouterr().err
+    assert not (folder / "wandb").exists()
+    assert epochs(folder / "there") == [0, 1, 2]
+    assert only_folder(folder / "there").name.endswith(f"-{RUN_ID}")
+    begun = next(record.run for record in records(folder / "there") if record.WhichOneof("record_type") == "run")
     assert (begun.display_name, begun.notes, begun.run_group, begun.entity) == ("mine", "note", "group", "us")
     assert (begun.run_id, begun.sweep_id, list(begun.tags)) == (RUN_ID, "sweep", ["a", "b"])
+    assert begun.project == "circles"
     assert {item.key: item.value_json for item in begun.config.update}["lr"] == "0.5"
-    assert epochs(folder) == [0]
+    for name in words:
+        monkeypatch.delenv(f"WANDB_{name}")
+    assert copy(folder).returncode == 0
+    begun = next(record.run for record in records(folder) if record.WhichOneof("record_type") == "run")
+    assert (begun.display_name, begun.entity, begun.run_id) == ("mine", "us", RUN_ID), "elsewhere, without variables"
 
 
 @pytest.mark.thorough
@@ -390,7 +434,7 @@ def test_a_run_that_was_not_copied_is_copied_later(folder: Path, monkeypatch: py
     run.finish(weights_sha256="abc")
     assert not (folder / "wandb").exists()
     done = copy(folder)
-    assert done.stdout == f"wandb: offline; to upload: wandb sync {only_folder(folder)}\n"
+    assert done.stdout == f"wandb: offline; to upload: {beside_python('wandb')} sync {only_folder(folder)}\n"
     assert (done.returncode, done.stderr) == (0, "")
     assert epochs(folder) == list(range(5))
     assert "plots/curves.path" in history(folder)[-1]
