@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from ddp_circles.errors import FileError, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
+from ddp_circles.job.cards import default_cards
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
 from ddp_circles.job.ranks import Ranks, set_thread_variables, spell_ranks, this_host
 from ddp_circles.job.stop import stop_requested
@@ -209,10 +210,9 @@ def _join(
     watch.connect(store)
     ranks = ranks.on_hosts(_share(store, ranks, "host", this_host(), _number_hosts))
     own, backend = _agree(store, ranks, device, backend, settings)
-    if ranks.one_machine:  # neither library needs to listen beyond it
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            if ranks.world_size == 1 or not os.environ.get(name):  # alone, a rank needs no card that is named
-                os.environ[name] = "lo"
+    for name, card in default_cards(ranks.one_machine, ranks.store_address).items():
+        if ranks.world_size == 1 or not os.environ.get(name):  # alone, a rank needs no card that is named
+            os.environ[name] = card
     watch.mark(CONNECTING, 0, 0)
     dist.init_process_group(
         backend,

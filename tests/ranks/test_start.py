@@ -15,7 +15,7 @@ from ddp_circles import Config, fit
 from ddp_circles.errors import UserError
 from ddp_circles.job import watch, world
 from tests.harness.ranks import Job, forget_launcher, free_port, run_ranks
-from tests.harness.runs import PLAIN, QUIET, bits, checkpoint_steps, finish, status, train_hastily
+from tests.harness.runs import PLAIN, QUIET, bits, checkpoint_steps, finish, metrics, status, train_hastily
 
 SMALL = ("--n-samples=125", "--batch-size=16", "--epochs=2")
 PATIENT = "--timeout=100"
@@ -77,6 +77,27 @@ def test_a_stop_by_hand_has_the_exit_code_that_asks_for_more(tmp_path: Path) -> 
         outcomes = job.wait(60)
     assert [outcome.code for outcome in outcomes] == [75, 75], outcomes
     assert status(tmp_path) == "stopped"
+
+
+def leave_it_behind(port: int, run_dir: Path, *flags: object) -> None:
+    """Start this rank in a process of its own, as `nohup` in a shell does, and leave when it trains."""
+    if os.fork():
+        while not (run_dir / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os._exit(0)
+    watch.BEAT_SECONDS = 0.1
+    by_hand(port, train_hastily, "--run-dir", run_dir, *flags)
+
+
+def test_ranks_set_by_hand_outlive_the_shell_that_started_them(tmp_path: Path) -> None:
+    flags = (*QUIET, *SMALL, "--epochs=200")
+    with Job(leave_it_behind, 2, free_port(), tmp_path, *flags) as job:
+        assert [outcome.code for outcome in job.wait(60)] == [0, 0]
+        assert len(metrics(tmp_path)) < 150, "too short a run to tell"
+        deadline = time.monotonic() + 60
+        while status(tmp_path) == "running" and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert status(tmp_path) == "finished"
 
 
 # ---- ranks that never come
@@ -152,9 +173,8 @@ def test_a_rank_that_ends_while_it_joins_ends_the_others_soon(
         assert outcome.code == 1, outcome.output
         (line,) = re.findall(r"^rank \d: lost a peer: .*$", outcome.output, re.MULTILINE)
         word = "raised KeyError, " if how == "raise" else ""
-        assert re.match(rf"rank {outcome.rank}: lost a peer: rank {victim} \(host \S+\) {word}last seen in ", line), (
-            line
-        )
+        seen = rf"rank {outcome.rank}: lost a peer: rank {victim} \(host \S+\) {word}last seen in "
+        assert re.match(seen, line), line
         assert "Traceback" not in outcome.output
     assert not (tmp_path / "status").exists()
 
