@@ -32,8 +32,8 @@ from ddp_circles.job.store import serve_store
 
 STORE_SECONDS = 600
 IDLE_SECONDS = 40
-"""Time that torchrun without ranks may wait for the others: more than the 30 seconds after which they kill ranks that do
-not end, and more than it takes to go on without a node that is gone, which is 15 seconds and the last call."""
+"""Time that torchrun without ranks may wait for the others. They kill ranks that do not end after 30 seconds, and going
+on without a node that is gone takes 15 seconds and the last call."""
 LAST_CALL_SECONDS = 10
 """Time to wait for more nodes once there are enough."""
 
