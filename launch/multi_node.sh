@@ -18,6 +18,7 @@ is one of them, and train as one job into runs/NAME.
   -h, --help        show this text
 
 The results do not depend on the number of nodes. To stop: Ctrl-C on one node. To continue: the same command again.
+Without ranks, a node waits 40 seconds for others and gives up (PET_RDZV_CONF=idle_timeout=600 in the environment: longer).
 
   bash launch/multi_node.sh --nodes 2 --head node1 --id circles-1 -- --epochs 100
   bash launch/multi_node.sh --nodes 1:4 --head node1:29500 --id circles-2 -- --epochs 100 --checkpoint-seconds 10
@@ -66,7 +67,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export DDP_CIRCLES_START="$HOSTNAME-$$-$EPOCHSECONDS"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's default, without its warning; --threads overrides it
 
-rendezvous=c10d
+rendezvous=bounded # c10d, but it does not outlive its ranks
 [[ $nodes != 1 ]] || rendezvous=loopback # no other machine can connect
 exec torchrun --nnodes="$nodes" --nproc-per-node="$ranks" --max-restarts="$max_restarts" \
     --rdzv-backend="$rendezvous" --rdzv-endpoint="$head" --rdzv-id="$id" \

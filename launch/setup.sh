@@ -21,3 +21,6 @@ install_environment() (
 install_environment || return
 export PATH="$VIRTUAL_ENV/bin:$PATH"
 hash -r # forget the cached path of python3
+
+# torchrun takes a closed terminal for a stop request even under nohup, unless it is told not to.
+[ -z "$(trap -p HUP)" ] || export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT

@@ -2,19 +2,20 @@
 # task.sh COMMAND...: runs between srun and torchrun on each node.
 #
 # Slurm signals the process that srun started, not torchrun's workers. torchrun is killed by USR1, and on TERM it gives
-# its workers 30 seconds and fails. So signals are caught here: USR1 (the warning before a time limit or preemption) and
-# TERM (preemption without warning, requeue, cancel) both become USR1 to the workers, which write a checkpoint and exit;
-# then torchrun exits too.
+# its workers 30 seconds and fails. So signals are caught here: USR1 or USR2 (the warning before a time limit or
+# preemption) and TERM (preemption without warning, requeue, cancel) all become USR1 to the workers, which write a
+# checkpoint and exit; then torchrun exits too.
 asked=''
-trap 'asked=yes' USR1 TERM
+trap 'asked=yes' USR1 USR2 TERM
 
 # Slurm may signal more than its own child, and torchrun must not get that signal. With proctrack/pgid it goes to the
 # process group, so torchrun has its own session; with proctrack/linuxproc it goes to every descendant, so torchrun
-# ignores USR1. Outside the group KILL no longer reaches torchrun; the death signal, if setpriv has it, replaces it.
+# ignores USR1 and USR2. Outside the group KILL no longer reaches torchrun; the death signal, if setpriv has it, replaces
+# it.
 apart=(setsid)
 if setpriv --pdeathsig KILL true 2>/dev/null; then apart+=(setpriv --pdeathsig KILL); fi
 (
-    trap '' USR1
+    trap '' USR1 USR2
     exec "${apart[@]}" "$@"
 ) &
 torchrun=$!

@@ -111,20 +111,41 @@ def test_the_run_directory_is_the_trainers(arguments: str, expected: str) -> Non
     assert done.stdout == expected + "\n"
 
 
-def test_an_installation_that_fails_is_tried_again_and_one_that_is_there_is_kept(tmp_path: Path) -> None:
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project whose set-up installs nothing and counts the installations."""
     for name in ("launch/setup.sh", "pyproject.toml", "constraints.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(PROJECT / name, tmp_path / name)
     (tmp_path / "tools").mkdir()
     shutil.copy(PROGRAMS / "python3.sh", tmp_path / "tools/python3")
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv/of the user's own").touch()
+    return tmp_path
 
-    def source(**variables: str) -> int:
-        environment = os.environ | {"PATH": f"{tmp_path / 'tools'}:/usr/bin:/bin"} | variables
-        script = "source launch/setup.sh"  # as in a login shell: without set -e
-        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, timeout=30).returncode
 
-    assert [source(PIP_FAILS="1"), source(PIP_FAILS="1"), source(), source()] == [1, 1, 0, 0]
-    assert (tmp_path / "installs").read_text().splitlines() == ["install"] * 3
-    assert (tmp_path / ".venv/of the user's own").exists()
+def set_up(
+    project: Path, script: str = "source launch/setup.sh", **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run `script` as in a login shell: without set -e."""
+    environment = os.environ | {"PATH": f"{project / 'tools'}:/usr/bin:/bin"} | variables
+    return subprocess.run(
+        ["bash", "-c", script], cwd=project, env=environment, stdout=subprocess.PIPE, text=True, timeout=30
+    )
+
+
+def test_an_installation_that_fails_is_tried_again_and_one_that_is_there_is_kept(project: Path) -> None:
+    (project / ".venv").mkdir()
+    (project / ".venv/of the user's own").touch()
+    codes = [set_up(project, **variables).returncode for variables in ({"PIP_FAILS": "1"}, {"PIP_FAILS": "1"}, {}, {})]
+    assert codes == [1, 1, 0, 0]
+    assert (project / "installs").read_text().splitlines() == ["install"] * 3
+    assert (project / ".venv/of the user's own").exists()
+
+
+@pytest.mark.parametrize(
+    ("hangup", "told"),
+    [("--default-signal=HUP", ""), ("--ignore-signal=HUP", "SIGTERM,SIGINT,SIGQUIT")],
+    ids=["terminal", "nohup"],
+)
+def test_torchrun_is_told_not_to_hear_a_closed_terminal_under_nohup(hangup: str, told: str, project: Path) -> None:
+    script = f"env {hangup} bash -c 'source launch/setup.sh; echo $PET_SIGNALS_TO_HANDLE'"
+    assert set_up(project, script).stdout == f"{told}\n"
