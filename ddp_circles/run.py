@@ -335,8 +335,7 @@ def _telling_others(world: World, watch: Watch) -> Iterator[None]:
     except StopRequestedError:
         raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
     except (OutOfRangeError, RunDirTakenError, FileError) as error:
-        advice = ". When that is put right, the same command goes on from the last checkpoint"
-        watch.say(f"{error}{advice if isinstance(error, FileError) else ''}")
+        watch.say(str(error))
         watch.last_words(f"raised {type(error).__name__}")
         raise SystemExit(1) from None
     except Exception as error:
