@@ -32,7 +32,7 @@ def opened(path: Path, limit: float = math.inf) -> Iterator[BinaryIO]:
 
 
 def check_file(path: Path) -> None:
-    """Raise `FileError` if `path` is something else than a regular file, or a link to one."""
+    """Raise an `OSError` if `path` is something else than a regular file, or a link to one."""
     kind = path.stat().st_mode
     if not stat.S_ISREG(kind):
         what = "a folder" if stat.S_ISDIR(kind) else "a pipe, a device or a socket"

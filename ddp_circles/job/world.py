@@ -321,8 +321,7 @@ def telling_others(ranks: Ranks, watch: Watch, spell: Callable[[str], str] = str
     except (UserError, StopRequestedError):
         raise
     except (OutOfRangeError, RunDirTakenError, FileError) as error:
-        advice = ". When that is put right, the same command goes on from the last checkpoint"
-        watch.say(spell(f"{error}{advice if isinstance(error, FileError) else ''}"))
+        watch.say(spell(str(error)))
         watch.last_words(f"raised {type(error).__name__}")
         raise SystemExit(1) from None
     except Exception as error:

@@ -85,8 +85,9 @@ def check_places(run_dir: Path) -> None:
             if (path.exists() or path.is_symlink()) and not path.is_dir():
                 raise FileError(errno.ENOTDIR, "it is not a folder", str(path))
     for path in (*(run_dir / name for name in FILES), *matching(run_dir / "plots", "*.png")):
-        with naming(path), suppress(FileNotFoundError):
-            check_file(path)
+        with naming(path):
+            if path.exists() or path.is_symlink():
+                check_file(path)
 
 
 def sweep(folder: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from ddp_circles.errors import RunDirTakenError, StopRequestedError
+from ddp_circles.errors import FileError, RunDirTakenError, StopRequestedError
 from ddp_circles.job.faults import Rehearsal
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import Watch
@@ -167,12 +167,14 @@ class Recorder:
                 writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
             except (OSError, RunDirTakenError) as second:  # the first error is the one that ends the run
                 warn(f"the status stays as it was: {second}")
+            if isinstance(error, FileError):
+                error.strerror = f"{error.strerror}; after a cure the same command goes on from the last checkpoint"
             raise
 
     def finish(self, progress: Progress, *, summary: dict[str, Any], draw: Callable[[], None]) -> None:
         """Write the last checkpoint, the model, the summary and, with `draw`, the pictures; then the status.
 
-        Raises `FileError` if one of them cannot be written; the pictures are left out then, with a warning.
+        Raises `FileError` if one of them cannot be written.
         """
         if (writer := self.writer) is None:
             return
@@ -181,10 +183,7 @@ class Recorder:
         summary = {**self.metrics, "weights_sha256": digest, **summary}
         writer.run_dir.write("summary.json", json.dumps(summary, indent=2) + "\n")
         writer.run_dir.check()
-        try:
-            draw()
-        except OSError as error:
-            warn(f"a picture is left out: {error}")
+        draw()
         writer.run_dir.set_status("finished")
         writer.console.close()
         writer.follower.wait(FINISHED_SECONDS)

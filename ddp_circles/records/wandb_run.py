@@ -1,5 +1,6 @@
 """A run at Weights & Biases, or its offline copy, made from `metrics.jsonl` and the files beside it."""
 
+import errno
 import glob
 import os
 import shlex
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wandb
+from safetensors import SafetensorError, safe_open
 
+from ddp_circles.errors import FileError
 from ddp_circles.reading import LONGEST, opened, read_json, read_text
 from ddp_circles.records.metrics_file import LONGEST_METRICS, Row, parse_rows
 from ddp_circles.records.wandb_follower import FINISHED_SECONDS, wandb_folder
 from ddp_circles.terminal import beside_python, visible
 
+LONGEST_PICTURE = 2**26
+"""In bytes."""
 SETTINGS: dict[str, Any] = {
     "silent": True,
     "console": "off",
@@ -111,11 +116,20 @@ def _read_status(run_dir: Path) -> str:
 def _complete(run: wandb.Run, run_dir: Path, last_step: int | None, *, drawn: bool) -> None:
     """Add what a finished run leaves beside its epochs; `last_step` is None if the server had those."""
     pictures = sorted(run_dir.glob("plots/*.png")) if drawn else []  # else of a time before the run went on
-    images = {f"plots/{path.stem}": wandb.Image(str(path)) for path in pictures}
+    images = {}
+    for path in pictures:
+        with opened(path, LONGEST_PICTURE):
+            images[f"plots/{path.stem}"] = wandb.Image(str(path))
     on_server = last_step is None and all(run.summary.get(name) for name in images)  # type: ignore[no-untyped-call]
     if images and not on_server:
         run.log(images, step=last_step)  # beside the last epoch's figures, which are still open
     run.summary.update(read_json(run_dir / "summary.json", LONGEST))
+    weights = run_dir / "model.safetensors"
+    try:
+        with opened(weights), safe_open(weights, framework="numpy"):
+            pass  # a file of another length than its head says is not read to its end
+    except SafetensorError as error:
+        raise FileError(errno.EILSEQ, f"it is no model, or damaged: {error}", str(weights)) from None
     model = wandb.Artifact(f"model-{run.id}", type="model")
-    model.add_file(str(run_dir / "model.safetensors"), policy="immutable", skip_cache=True)
+    model.add_file(str(weights), policy="immutable", skip_cache=True)
     run.log_artifact(model)

@@ -1,11 +1,13 @@
 """Checkpoints and the run directory: atomic writes, damage detected, one writer at a time."""
 
 import errno
+import fcntl
 import hashlib
 import itertools
 import os
 import pickle
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_circles.errors import RunDirTakenError, UserError
+from ddp_circles.errors import FileError, RunDirTakenError, UserError
 from ddp_circles.plain import to_bytes
 from ddp_circles.records import checkpoint as checkpoint_module
 from ddp_circles.records import run_dir as run_dir_module
@@ -315,6 +317,89 @@ def test_an_unnamed_holder_is_refused_too(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / ".lock.holder").unlink()
         with pytest.raises(UserError, match="is in use by another process"):
             run_dir.open(at_end)
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    """Let the file system answer every request for a lock with `error`."""
+
+    def flock(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_without_flock_a_lock_of_a_host_that_is_gone_can_be_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_dir_module, "LOCK_WAIT_SECONDS", 0.1)
+    answer(monkeypatch, errno.ENOSYS)
+    with ExitStack() as at_end:
+        RunDir(tmp_path).open(at_end)
+        marker = (tmp_path / ".lock").read_text()
+    RunDir(tmp_path).open(ExitStack().enter_context(ExitStack()))  # it is free again
+    elsewhere = marker.replace(socket.gethostname(), "elsewhere")
+    assert elsewhere != marker
+    (tmp_path / ".lock").write_text(elsewhere)
+    (tmp_path / ".lock.holder").write_text("process 7 on elsewhere\n0123\n")
+    with ExitStack() as at_end:
+        with pytest.raises(UserError, match=r"is in use by process 7 on elsewhere: .* remove ") as refused:
+            RunDir(tmp_path).open(at_end)
+        assert f"remove {tmp_path / '.lock'}" in str(refused.value)
+        (tmp_path / ".lock").unlink()
+        RunDir(tmp_path).open(at_end)
+
+
+@pytest.mark.parametrize("error", [errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_that_refuses_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    answer(monkeypatch, error)
+    with ExitStack() as at_end, pytest.raises(UserError, match=r"/\.lock: it cannot be locked: "):
+        RunDir(tmp_path).open(at_end)
+
+
+def test_only_what_a_run_has_written_names_a_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir_module, "LOCK_WAIT_SECONDS", 0.1)
+    with ExitStack() as at_end:
+        RunDir(tmp_path).open(at_end)
+        (tmp_path / "secret").write_text("root:x:0:0\n")
+        (tmp_path / ".lock.holder").unlink()
+        (tmp_path / ".lock.holder").symlink_to(tmp_path / "secret")
+        with pytest.raises(UserError, match="is in use by another process: ") as refused:
+            RunDir(tmp_path).open(at_end)
+    assert "root:x" not in str(refused.value)
+
+
+@pytest.mark.parametrize("word", ["", "fini", "finished for ever"])
+def test_an_odd_status_beside_checkpoints_is_no_foreign_folder(tmp_path: Path, word: str) -> None:
+    run_dir = RunDir(tmp_path)
+    (tmp_path / "status").write_text(word)
+    (tmp_path / "config.toml").write_text("lr = 1\n")
+    with ExitStack() as at_end, pytest.raises(UserError, match="would overwrite"):
+        run_dir.open(at_end)
+    run_dir.checkpoints.folder.mkdir()
+    (run_dir.checkpoints.folder / "step-000000000007.checkpoint").touch()
+    with ExitStack() as at_end:
+        run_dir.open(at_end)
+    assert run_dir.status is None
+
+
+def test_a_word_is_written_over_the_old_one_where_there_is_no_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = RunDir(tmp_path)
+
+    def fail(path: Path, _content: bytes) -> None:
+        raise FileError(errno.ENOSPC, "No space left on device", str(path))
+
+    with ExitStack() as at_end:
+        run_dir.open(at_end)
+        run_dir.set_status("running")
+        monkeypatch.setattr(run_dir_module, "write_atomically", fail)
+        for word in ("failed", "stopped"):
+            run_dir.set_status(word)
+            assert (tmp_path / "status").read_text() == f"{word}\n"
+        (tmp_path / "status").unlink()
+        with pytest.raises(FileError, match="status: No space left on device"):
+            run_dir.set_status("failed")
 
 
 def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
