@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from ddp_circles.data import Dataset, Split
-from ddp_circles.models import correct_count, probabilities_of
+from ddp_circles.models import labels_of, probabilities_of
 from ddp_circles.records.files import replacing
 from ddp_circles.records.metrics_file import figure_names, read_rows
 
@@ -28,6 +28,10 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#7A1F3D", "#56B4E9", "#D55E00", "#F
 """Okabe and Ito's palette, distinct under every kind of colour vision; the purple is darker, farther from the green."""
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "p", "*")
 INK = "#222222"
+WRONG = "#C4004F"
+"""The rings around misclassified points."""
+DARKER = 0.55
+"""Brightness of a class's points relative to its colour, which paints the region, so that they stand out from it."""
 LEGEND_COLUMNS = 6
 POINTS_SHOWN = 1500
 """Most points drawn in one panel."""
@@ -71,8 +75,9 @@ def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
     """Draw the predictions of `model` everywhere in the plane, under the training points and under the test points.
 
     `model` maps float32 [n, 2] to logits, [n] for two classes or [n, classes]; a copy on the CPU is evaluated, so that
-    it stays as it is. Each place has the colour of its predicted class, paler where the probability is lower. The
-    accuracies are over all points; of many points a fixed random sample is drawn. Raises `OSError` if `path` cannot be
+    it stays as it is. Each place has the colour of its predicted class, paler where the probability is lower; each
+    point a darker shade of its true class's, and a ring if it is misclassified. The accuracies are over all points; of
+    many points a fixed random sample is drawn. Raises `OSError` if `path` cannot be
     written. Source: the tutorial's `plot_decision_boundary`.
     """
     model = copy.deepcopy(model).cpu().eval()
@@ -84,17 +89,19 @@ def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
     size = (10.2, 4.5 * (top - bottom) / (right - left) + 1.35 + 0.25 * text_lines)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    ringed = 0
     for axes, name, samples in zip(panels, ("Train", "Test"), split, strict=True):
         _draw_regions(axes, regions, limits)
-        _draw_points(axes, samples, classes)
+        wrong = labels_of(probabilities_of(_logits(model, samples.inputs))) != samples.targets
+        ringed += _draw_points(axes, samples, wrong, classes)
         count = len(samples.inputs)
         share = f"\n{POINTS_SHOWN:,} of {count:,} points shown" if count > POINTS_SHOWN else ""
-        accuracy = int(correct_count(_logits(model, samples.inputs), samples.targets)) / count * 100
+        accuracy = int((~wrong).sum()) / count * 100
         axes.set_title(f"{name}: accuracy {accuracy:.2f}%{share}")
         axes.set(xlabel="$x_1$", aspect="equal", xlim=limits[0], ylim=limits[1])
         axes.label_outer()
     panels[0].set_ylabel("$x_2$")
-    _add_legend(figure, classes, boundary=len(np.unique(regions.argmax(axis=0))) > 1)
+    _add_legend(figure, classes, boundary=len(np.unique(regions.argmax(axis=0))) > 1, rings=ringed > 0)
     _save(figure, path)
 
 
@@ -166,13 +173,25 @@ def _draw_regions(axes: Axes, regions: np.ndarray[Any, Any], limits: tuple[tuple
             axes.contour(lead, levels=[0], extent=extent, origin="lower", colors=INK, linewidths=1.4)
 
 
-def _draw_points(axes: Axes, samples: Dataset, classes: int) -> None:
+def _draw_points(axes: Axes, samples: Dataset, wrong: Tensor, classes: int) -> int:
+    """Draw the points by class, those that are `wrong` with a ring; returns the number of rings."""
     shown = _subset(len(samples.inputs))
-    inputs, targets = samples.inputs[shown].numpy(), samples.targets[shown].numpy()
+    inputs, targets, ringed = samples.inputs[shown].numpy(), samples.targets[shown].numpy(), wrong[shown].numpy()
     size = 36 if len(inputs) <= 250 else 24
     for number, (colour, marker) in enumerate(class_marks(classes)):
         x1, x2 = inputs[targets == number].T
-        axes.scatter(x1, x2, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.6)
+        look: dict[str, Any] = {"color": _point_colour(colour), "edgecolors": "white", "linewidths": 0.6}
+        axes.scatter(x1, x2, s=size, marker=marker, zorder=3, **look)  # above the boundary
+    if ringed.any():
+        x1, x2 = inputs[ringed].T
+        width = 1.4 if len(x1) <= 50 else 0.7  # many rings overlap
+        axes.scatter(x1, x2, s=3.5 * size, facecolors="none", edgecolors=WRONG, linewidths=width, zorder=4)
+    return int(ringed.sum())
+
+
+def _point_colour(colour: str) -> tuple[float, float, float]:
+    red, green, blue = to_rgb(colour)
+    return DARKER * red, DARKER * green, DARKER * blue
 
 
 def _subset(count: int) -> Tensor:
@@ -183,18 +202,24 @@ def _subset(count: int) -> Tensor:
     return torch.from_numpy(np.sort(chosen))
 
 
-def _add_legend(figure: Figure, classes: int, *, boundary: bool) -> None:
+def _add_legend(figure: Figure, classes: int, *, boundary: bool, rings: bool) -> None:
     handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=8, linestyle="none", label=f"class {number}")
+        Line2D(
+            [], [], color=_point_colour(colour), marker=marker, markersize=8, linestyle="none", label=f"class {number}"
+        )
         for number, (colour, marker) in enumerate(class_marks(classes))
     ]
     if boundary:
         handles.append(Line2D([], [], color=INK, linewidth=1.4, label="decision boundary"))
+    if rings:
+        ring = Line2D([], [], color=WRONG, marker="o", markersize=11, markeredgewidth=1.4, linestyle="none")
+        ring.set(label="misclassified", markerfacecolor="none")
+        handles.append(ring)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), LEGEND_COLUMNS))
 
 
 def class_marks(classes: int) -> list[tuple[str, str]]:
-    """Colour and marker of each class."""
+    """Colour and marker of each class: the colour of its region, which its points have darker."""
     return list(islice(zip(cycle(COLOURS), cycle(MARKERS)), classes))
 
 

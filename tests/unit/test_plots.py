@@ -144,15 +144,18 @@ def test_panels_show_train_and_test_alike(drawn: list[Figure], tmp_path: Path, d
         (left, right_edge), (bottom, top) = axes.get_xlim(), axes.get_ylim()
         assert (samples.inputs > torch.tensor([left, bottom])).all()
         assert (samples.inputs < torch.tensor([right_edge, top])).all()
-        shown = [np.asarray(part.get_offsets()) for part in axes.collections if not isinstance(part, ContourSet)]
+        *shown, rings = [
+            np.asarray(part.get_offsets()) for part in axes.collections if not isinstance(part, ContourSet)
+        ]
         for number, points in enumerate(shown):
             assert np.array_equal(points, samples.inputs[samples.targets == number].numpy())
+        assert np.array_equal(rings, samples.inputs[labels != samples.targets].numpy())
         assert axes.get_xlabel() == "$x_1$"
     assert train.get_xlim() == test.get_xlim()
     assert train.get_ylim() == test.get_ylim()
     assert train.get_ylabel() == "$x_2$"
     classes = [f"class {number}" for number in range(4 if dataset == "blobs" else 2)]
-    assert legend_of(figure) == [*classes, "decision boundary"]
+    assert legend_of(figure) == [*classes, "decision boundary", "misclassified"]
 
 
 def test_boundary_is_where_the_label_changes(drawn: list[Figure], tmp_path: Path) -> None:
@@ -192,8 +195,10 @@ def test_of_many_points_a_part_is_drawn_and_all_are_counted(drawn: list[Figure],
     shown = [[np.asarray(part.get_offsets()) for part in figure.axes[0].collections] for figure in drawn]
     for first, second in zip(*shown, strict=True):
         assert np.array_equal(first, second)
-    assert sum(map(len, shown[0])) == plots.POINTS_SHOWN
-    for number, points in enumerate(shown[0]):
+    *classes, rings = shown[0]
+    assert sum(map(len, classes)) == plots.POINTS_SHOWN
+    assert np.array_equal(rings, classes[0])  # all are said to be of class 1
+    for number, points in enumerate(classes):
         assert len(points) > plots.POINTS_SHOWN / 2.5
         of_class = {tuple(point) for point in inputs[targets == number].tolist()}
         assert {tuple(point) for point in points.astype(np.float32).tolist()} <= of_class
@@ -211,7 +216,7 @@ def test_a_set_sorted_by_class_is_drawn_in_proportion() -> None:
 def test_one_answer_everywhere_has_no_boundary(drawn: list[Figure], tmp_path: Path, logit: float) -> None:
     samples = Dataset(torch.ones(2, 2), torch.zeros(2))
     plots.draw_decision_boundary(Constant(logit), Split(samples, samples), tmp_path / "a.png")
-    assert legend_of(drawn[0]) == ["class 0", "class 1"]
+    assert legend_of(drawn[0]) == ["class 0", "class 1", *(["misclassified"] if not logit <= 0 else [])]
 
 
 def test_ten_classes_are_told_apart(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -219,7 +224,7 @@ def test_ten_classes_are_told_apart(tmp_path: Path, drawn: list[Figure]) -> None
     samples = Dataset(torch.randn(100, 2), torch.arange(100) % 10)
     plots.draw_decision_boundary(nn.Linear(2, 10), Split(samples, samples), tmp_path / "a.png")
     assert len(set(plots.class_marks(10))) == 10
-    assert len(legend_of(drawn[0])) == 11
+    assert len(legend_of(drawn[0])) == 12
 
 
 # Viénot, Brettel and Mollon (1999) on linear RGB: what people without L cones, and without M cones, see.
@@ -230,7 +235,7 @@ SEEN_BY = {
 }
 
 
-def lab(colour: str, seen: list[list[float]]) -> "np.ndarray[Any, Any]":
+def lab(colour: str | tuple[float, float, float], seen: list[list[float]]) -> "np.ndarray[Any, Any]":
     """CIE L*a*b* of a colour as seen by someone: distances in it are those the eye sees."""
     srgb = np.array(to_rgb(colour))
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
@@ -247,6 +252,16 @@ def test_colours_are_told_apart_by(who: str) -> None:
         for one, other in itertools.combinations(colours, 2):
             distance = np.linalg.norm(lab(one, SEEN_BY[who]) - lab(other, SEEN_BY[who]))
             assert distance > 20, (who, one, other)  # 2 is what a trained eye just notices
+
+
+@pytest.mark.parametrize("who", SEEN_BY)
+def test_points_stand_out_from_each_other_and_from_the_regions_of_all_classes(who: str) -> None:
+    points = [lab(plots._point_colour(colour), SEEN_BY[who]) for colour in plots.COLOURS[:4]]
+    for one, other in itertools.combinations(points, 2):
+        assert np.linalg.norm(one - other) > 12
+    for point, region in itertools.product(points, plots.COLOURS[:4]):
+        red, green, blue = (1 - 0.4 * (1 - part) for part in to_rgb(region))
+        assert np.linalg.norm(point - lab((red, green, blue), SEEN_BY[who])) > 30, region
 
 
 def test_curves_hold_the_rows_in_percent(drawn: list[Figure], tmp_path: Path) -> None:
