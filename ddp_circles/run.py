@@ -207,7 +207,7 @@ def _take_in(
         given = split.train.inputs.dtype
         split, accuracy, tried = world.together(partial(check, bare, split, loss, named))
         if (taken := split.train.inputs.dtype) != given:
-            world.say(f"the inputs of data= are converted from {given} to {taken}, which the parameters are")
+            world.say(f"the inputs of data= are converted from {given} to {taken}, as the parameters are")
         _compare_tries(world, tried)
     return bare, split, named, own_data, accuracy
 
@@ -368,9 +368,15 @@ def _process_as_found() -> Iterator[None]:
     threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     fills, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
     tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    hook = sys.excepthook
     try:
         yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            hook = sys.excepthook  # the process group's own: it labels the traceback with the rank
+        raise
     finally:
+        sys.excepthook = hook
         for name, value in variables.items():
             os.environ.pop(name, None)
             if value is not None:

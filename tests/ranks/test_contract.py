@@ -330,7 +330,7 @@ TRAINED: dict[str, Callable[[], dict[str, Any]]] = {
     "inputs with a gradient": lambda: {"data": data(INPUTS.clone().requires_grad_())},
     "soft": lambda: {"data": data(targets=BINARY * 0.8 + 0.1)},
     "classes": lambda: {"model": Layers(3, lambda z: z), "data": data(targets=CLASSES)},
-    "classes of uint8": lambda: {"model": Layers(3, lambda z: z), "data": data(targets=CLASSES.to(torch.uint8))},
+    "classes of uint16": lambda: {"model": Layers(3, lambda z: z), "data": data(targets=CLASSES.to(torch.uint16))},
     "one hot": lambda: {
         "model": Layers(3, lambda z: z),
         "data": data(targets=F.one_hot(CLASSES, 3).float()),
@@ -382,7 +382,7 @@ WITH_ACCURACY = {
     "targets of float64",
     "inputs with a gradient",
     "classes",
-    "classes of uint8",
+    "classes of uint16",
     "state of any kind",
     "partly frozen",
     "own metrics",
@@ -432,7 +432,7 @@ def test_figures_mean_something_and_are_the_same_on_any_number_of_ranks(tmp_path
             assert model == (tmp_path / "1" / name / "model.safetensors").read_bytes()
     alike = {name: {key: row[key] for key in row if key not in CLOCK} for name, row in results[1][0].items()}
     assert [alike[name] for name in AS_BINARY] == [alike["binary"]] * len(AS_BINARY)
-    assert alike["classes of uint8"] == alike["classes"]
+    assert alike["classes of uint16"] == alike["classes"]
     assert alike["one hot of int64"] == alike["one hot"]
     for name in ("own metrics", "metrics of the package's own points"):
         for part in ("train", "test"):

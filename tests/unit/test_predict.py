@@ -594,6 +594,10 @@ def make_folder(run: Path) -> None:
             "layers.2.bias is torch.float32 [10] in the first and torch.float32 [1] by the second",
         ),
         (
+            rewrite("config.toml", lambda content: b"hidden = [65536, 65536, 65536]\n"),  # 34 GB of weights
+            "layers.0.bias is torch.float32 [10] in the first and torch.float32 [65536] by the second",
+        ),
+        (
             rewrite("config.toml", lambda content: b'dataset = "blobs"\n'),
             "layers.4.bias is torch.float32 [1] in the first and torch.float32 [4] by the second",
         ),
