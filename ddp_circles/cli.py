@@ -11,7 +11,7 @@ import tyro
 
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.job.ranks import Ranks, read_ranks
-from ddp_circles.job.refusal import let_rank_0_speak, refuse
+from ddp_circles.job.refusal import end_job, refuse
 from ddp_circles.terminal import visible
 
 T = TypeVar("T")
@@ -33,8 +33,8 @@ def run(command: Callable[[Ranks], int]) -> int:
     except UserError as error:
         return refuse(ranks, error)
     except SystemExit as leaving:
-        if leaving.code == EXIT_BAD_INPUT and not ranks.is_main:
-            let_rank_0_speak()
+        if leaving.code == EXIT_BAD_INPUT:
+            end_job(ranks)
         raise
     except Exception:
         if ranks.error_file is None or not ranks.error_file.exists():  # else the agent prints it, labelled

@@ -73,10 +73,8 @@ def load_model(run_dir: Path) -> tuple[Config, nn.Module]:
     config = _read_config(run_dir / "config.toml")
     weights = _read_weights(run_dir / "model.safetensors")
     torch.set_num_threads(config.threads)
-    with torch.device("meta"):  # whatever the file says, memory is for weights that are there
-        model = Classifier(len(COORDINATES), config.hidden, config.activation, class_count(config.dataset))
+    model = Classifier(len(COORDINATES), config.hidden, config.activation, class_count(config.dataset))
     _check_weights(weights, model.state_dict(), run_dir)
-    model.to_empty(device="cpu")
     model.load_state_dict(weights)
     return config, model.eval()
 

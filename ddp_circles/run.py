@@ -398,7 +398,7 @@ def _telling_others(world: World, watch: Watch) -> Iterator[None]:
     except StopRequestedError:
         raise SystemExit(0 if world.ranks.launcher == "torchrun" else EXIT_STOPPED) from None
     except (OutOfRangeError, RunDirTakenError) as error:
-        watch.say(in_arguments(str(error)))
+        watch.say(str(error))
         watch.last_words(f"raised {type(error).__name__}")
         raise SystemExit(1) from None
     except Exception as error:

@@ -17,14 +17,13 @@ def refuse(ranks: Ranks, error: UserError) -> int:
     """Say a user's mistake once, from rank 0; returns the exit code for it."""
     if ranks.is_main:
         print(f"error: {visible_lines(str(error))}", file=sys.stderr, flush=True)
-    else:
-        let_rank_0_speak()
+    end_job(ranks)
     return EXIT_BAD_INPUT
 
 
-def let_rank_0_speak() -> None:
-    """Wait: a launcher ends all ranks as soon as one has left."""
-    deadline = time.monotonic() + RANK_0_SPEAKS_SECONDS
+def end_job(ranks: Ranks) -> None:
+    """Wait until rank 0 has spoken: a launcher ends all ranks as soon as one has left."""
+    deadline = time.monotonic() + (0.0 if ranks.is_main else RANK_0_SPEAKS_SECONDS)
     while time.monotonic() < deadline and not stop_requested():
         time.sleep(0.05)
 
