@@ -41,15 +41,20 @@ from ddp_circles.terminal import warn
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of `fit`, on every rank."""
+    """The outcome of `fit`, on every rank.
+
+    Attributes:
+        model: The trained module, without any wrapper.
+        metrics: The last line of metrics.jsonl.
+        run_dir: Folder of the results.
+        is_main: True on rank 0, the one that should speak.
+
+    """
 
     model: nn.Module
-    """The trained module, without any wrapper."""
     metrics: dict[str, float]
-    """The last line of metrics.jsonl."""
     run_dir: Path
     is_main: bool
-    """True on rank 0, the one that should speak."""
 
 
 def fit(

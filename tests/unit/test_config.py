@@ -242,6 +242,7 @@ def test_other_errors_of_a_script_are_shown_as_ever(capsys: pytest.CaptureFixtur
         patch.setattr(sys, "ps1", ">>> ", raising=False)  # a session at a prompt goes on
         sys.excepthook(UserError, UserError("mistake"), None)
         assert (seen, capsys.readouterr().err) == ([other], "error: mistake\n")
+    assert UserError("mistake")._render_traceback_() == ["error: mistake"]  # for IPython, which has no hook
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) -> None:

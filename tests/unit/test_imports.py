@@ -62,7 +62,7 @@ def test_help_shows_what_there_is() -> None:
     shown = pydoc.plain(pydoc.render_doc(ddp_circles))
     for name in ddp_circles.__all__:
         assert re.search(rf"^    (class )?{name}\b", shown, re.MULTILINE), name
-    for field in dataclasses.fields(ddp_circles.Config):
+    for field in (*dataclasses.fields(ddp_circles.Config), *dataclasses.fields(ddp_circles.Result)):
         assert re.search(rf"^ +\|? +{field.name}: [A-Za-z].{{5}}", shown, re.MULTILINE), field.name
 
 
