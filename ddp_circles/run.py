@@ -68,11 +68,11 @@ def fit(
     """Train as `config` says, on all ranks of the job this process belongs to; every rank must pass the same.
 
     `model`: a float32 module from inputs [n, ...] to logits [n, ...]; default: the configuration's classifier. `data`:
-    samples to train on and to test on; default: the configuration's points. `loss`: the SUM over samples of the loss of
-    logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for [n, classes]. `metrics`:
-    other such sums by name, whose means per sample are reported. All of it is tried before the first step. Raises
-    `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit code of the
-    contract, and when another rank is lost.
+    samples to train on and to test on, tensors or arrays; default: the configuration's points. `loss`: the SUM over
+    samples of the loss of logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for
+    [n, classes]. `metrics`: other such sums by name, whose means per sample are reported. All of it is tried before the
+    first step. Raises `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit
+    code of the contract, and when another rank is lost. The process is left as it was found.
     """
     with stop_requested.listening(), naming_arguments(), _process_as_found():
         if not isinstance(config, Config):
@@ -262,8 +262,8 @@ def _check_memory(config: Config, world: World, model: nn.Module) -> None:
     """Refuse a configuration that surely needs more memory than there is, for its weights and its activations."""
     exact, ranks = config.reduction == "exact", world.ranks
     of_a_weight = 4 + 4 + (8 if config.optimizer == "adam" else 0) + (16 if exact else 0)  # with all that follows it
-    samples = min(config.batch_size or config.n_samples, config.n_samples) * (1 - config.test_fraction)
-    rows = samples / (config.micro_batches if exact else ranks.world_size)
+    samples = config.n_samples * (1 - config.test_fraction)
+    rows = min(config.batch_size or samples, samples) / (config.micro_batches if exact else ranks.world_size)
     weights = sum(parameter.numel() for parameter in model.parameters())
     needed = weights * of_a_weight + rows * sum(config.hidden) * 4
     try:
@@ -285,8 +285,8 @@ def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTal
         return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
     idle = world.ranks.world_size - config.micro_batches
     if idle > 0 and world.ranks.is_main:
-        feeds = in_arguments(f"--micro-batches {config.micro_batches}")
-        warn(f"{idle} ranks have nothing to compute: {feeds} feeds no more")
+        feeds = f"--micro-batches {config.micro_batches} feeds no more"
+        warn(in_arguments(f"{idle} ranks have nothing to compute: {feeds}"))
     return ExactReducer(
         bare,
         replica,
