@@ -8,7 +8,7 @@ import random
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,22 @@ def _pair(name: str, given: Any, keys: tuple[str, ...]) -> tuple[Any, Any]:
     return given[0], given[1]
 
 
-def _as_tensor(name: str, values: Any) -> Tensor:
-    if not isinstance(values, Tensor):
-        with suppress(TypeError, ValueError):  # from what numpy or torch knows no numbers in
-            values = torch.from_numpy(np.require(values, requirements=("C", "W")))
-    if not isinstance(values, Tensor) or values.layout != torch.strided or values.ndim == 0:
+def _as_tensor(name: str, given: Any) -> Tensor:
+    values, why = given, ""
+    if not isinstance(given, Tensor):
+        try:
+            values = torch.from_numpy(np.require(given, requirements=("C", "W")))
+        except (TypeError, ValueError) as error:
+            why = f": {error}"
+    if not isinstance(values, Tensor) or values.layout != torch.strided or values.is_meta or values.ndim == 0:
         raise UserError(
-            f"{name} must be a dense tensor or array of numbers, its first dimension the samples, got {_kind(values)}"
+            f"{name} must be a dense tensor or array of numbers, its first dimension the samples, "
+            f"got {_kind(given)}{why}"
         )
     if len(values) == 0:
         raise UserError(f"{name} holds no samples: give one at least")
+    if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch does not compute with
+        values = values.long()
     if values.is_floating_point() or values.is_complex():
         _check_values(
             name, values, lambda chunk: chunk.isfinite().logical_not_(), "a finite number: leave such samples out"
@@ -413,7 +419,7 @@ def _explained(what: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        ours = (__file__, str(Path(torch.__file__).parent))
+        ours = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
         place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
         reason = " ".join(str(error).split())[:300]

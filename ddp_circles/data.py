@@ -33,8 +33,8 @@ CACHE_WAIT_SECONDS = 3600.0
 class Dataset(NamedTuple):
     """Samples and their targets.
 
-    `inputs`: shape [n, ...]. `targets`: shape [n], float32 zeros and ones for two classes, int64 numbers for more;
-    shape [n, ...] for a loss of the caller's own.
+    `inputs`: shape [n, ...]. `targets`: shape [n], zeros and ones for two classes, float32 once `fit` has taken them,
+    int64 numbers for more; shape [n, ...] for a loss of the caller's own.
     """
 
     inputs: Tensor

@@ -112,8 +112,9 @@ def _check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor], run_
         )
         if found != wanted:
             raise UserError(
-                f"model.safetensors does not fit config.toml in {run_dir}: {name} is {found} in the first and {wanted} "
-                "by the second; if the run trained a model of its own, load the file into that model"
+                f"model.safetensors in {run_dir} is not of the classifier in config.toml: {name} is {found} in the "
+                f"first and {wanted} by the second. If the run trained a model= of its own, load the file "
+                "into that model: predict cannot build it"
             )
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"the model in {run_dir} has weights that are not finite: the training diverged")

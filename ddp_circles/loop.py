@@ -217,7 +217,7 @@ def _add(local: LocalTally, total: Tally, sums: Sums, where: str) -> None:
         beyond = ", or beyond the range of the exact sums" if local.exact else ""
         raise OutOfRangeError(
             f"{where}, gradients, losses or metrics were not finite{beyond}: the training diverged (try a smaller "
-            "--lr), or inputs or targets are too large (scale them)"
+            "learning rate), or inputs or targets are too large (scale them)"
         )
     for name, units in zip(local.names, sums.units, strict=True):
         total.units[name] = total.units.get(name, 0) + units

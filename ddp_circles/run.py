@@ -42,15 +42,20 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of `fit`, on every rank."""
+    """The outcome of `fit`, on every rank.
+
+    Attributes:
+        model: The trained module, without any wrapper.
+        metrics: The last line of metrics.jsonl.
+        run_dir: Folder of the results.
+        is_main: True on rank 0, the one that should speak.
+
+    """
 
     model: nn.Module
-    """The trained module, without any wrapper."""
     metrics: dict[str, float]
-    """The last line of metrics.jsonl."""
     run_dir: Path
     is_main: bool
-    """True on rank 0, the one that should speak."""
 
 
 def fit(
@@ -64,11 +69,11 @@ def fit(
     """Train as `config` says, on all ranks of the job this process belongs to; every rank must pass the same.
 
     `model`: a float32 module from inputs [n, ...] to logits [n, ...]; default: the configuration's classifier. `data`:
-    samples to train on and to test on; default: the configuration's points. `loss`: the SUM over samples of the loss of
-    logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for [n, classes]. `metrics`:
-    other such sums by name, whose means per sample are reported. All of it is tried before the first step. Raises
-    `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit code of the
-    contract, and when another rank is lost.
+    samples to train on and to test on, tensors or arrays; default: the configuration's points. `loss`: the SUM over
+    samples of the loss of logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for
+    [n, classes]. `metrics`: other such sums by name, whose means per sample are reported. All of it is tried before the
+    first step. Raises `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit
+    code of the contract, and when another rank is lost. The process is left as it was found.
     """
     open_streams()
     with stop_requested.listening(), naming_arguments(), _process_as_found():
@@ -214,7 +219,7 @@ def _take_in(
         given = split.train.inputs.dtype
         split, accuracy, tried = world.together(partial(check, bare, split, loss, named))
         if (taken := split.train.inputs.dtype) != given:
-            world.say(f"the inputs of data= are converted from {given} to {taken}, which the parameters are")
+            world.say(f"the inputs of data= are converted from {given} to {taken}, as the parameters are")
         _compare_tries(world, tried)
     return bare, split, named, own_data, accuracy
 
@@ -264,8 +269,8 @@ def _check_memory(config: Config, world: World, model: nn.Module) -> None:
     """Refuse a configuration that surely needs more memory than there is, for its weights and its activations."""
     exact, ranks = config.reduction == "exact", world.ranks
     of_a_weight = 4 + 4 + (8 if config.optimizer == "adam" else 0) + (16 if exact else 0)  # with all that follows it
-    samples = min(config.batch_size or config.n_samples, config.n_samples) * (1 - config.test_fraction)
-    rows = samples / (config.micro_batches if exact else ranks.world_size)
+    samples = config.n_samples * (1 - config.test_fraction)
+    rows = min(config.batch_size or samples, samples) / (config.micro_batches if exact else ranks.world_size)
     weights = sum(parameter.numel() for parameter in model.parameters())
     needed = weights * of_a_weight + rows * sum(config.hidden) * 4
     try:
@@ -287,8 +292,8 @@ def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTal
         return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
     idle = world.ranks.world_size - config.micro_batches
     if idle > 0 and world.ranks.is_main:
-        feeds = in_arguments(f"--micro-batches {config.micro_batches}")
-        warn(f"{idle} ranks have nothing to compute: {feeds} feeds no more")
+        feeds = f"--micro-batches {config.micro_batches} feeds no more"
+        warn(in_arguments(f"{idle} ranks have nothing to compute: {feeds}"))
     return ExactReducer(
         bare,
         replica,
@@ -383,9 +388,15 @@ def _process_as_found() -> Iterator[None]:
     threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
     fills, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
     tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    hook = sys.excepthook
     try:
         yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            hook = sys.excepthook  # the process group's own: it labels the traceback with the rank
+        raise
     finally:
+        sys.excepthook = hook
         for name, value in variables.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -71,9 +71,8 @@ def test_every_setting_must_be_the_same_on_all_ranks(size: int) -> None:
     assert refusals == [refusals[0]] * size
     others = "rank 0" if size == 2 else "ranks 0-1"
     for (name, value), said in zip(OTHER.items(), refusals[0], strict=True):
-        flag = f"--{name.replace('_', '-')}"
         default = getattr(Config(), name)
-        differs = f"{flag} is {default} on {others} and {value} on rank {odd}"
+        differs = f"{name}= is {default} on {others} and {value} on rank {odd}"
         assert said == f"the ranks were started with different settings: {differs}; give all of them the same"
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ddp_circles import Config, Dataset, Split, fit
 from ddp_circles.contract import check_training
@@ -118,16 +118,40 @@ def doubling(logits: Tensor, targets: Tensor) -> Tensor:
     return squares(logits, targets.mul_(2))
 
 
+class Stateful(Layers):
+    """Layers with a state of any kind, which they may not take back."""
+
+    def __init__(self, state: Any, takes: bool = True) -> None:
+        super().__init__()
+        self.state, self.takes = state, takes
+
+    def get_extra_state(self) -> Any:
+        return self.state
+
+    def set_extra_state(self, state: Any) -> None:
+        assert self.takes, f"{state} is not known"
+
+
 GENERATOR = torch.Generator()
 FAST = {"reduction": "fast"}
-DRAWS = "cannot train a model that draws random numbers .*would depend on the rank.*--reduction fast"
+DRAWS = 'cannot train a model that draws random numbers .*would depend on the rank.*reduction="fast"'
 SUM = r"must return the SUM over the samples.*reduction='sum'"
 GO_WITH = r"do not go with data\.train\.targets"
 
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     # data
     "no split": (lambda: {"data": INPUTS}, r"data= must be Split\(train=Dataset"),
-    "numpy": (lambda: {"data": data(INPUTS.numpy())}, r"data\.train\.inputs must be a dense tensor.*numpy\.ndarray"),
+    "words": (
+        lambda: {"data": data(np.array(["a"] * len(INPUTS)))},
+        r"data\.train\.inputs must be a dense tensor or array of numbers.*numpy\.ndarray",
+    ),
+    "loaders": (
+        lambda: {"data": [DataLoader(TensorDataset(*part)) for part in data()]},
+        r"data= must be Split.*data\.train is torch\.utils\.data\.dataloader\.DataLoader",
+    ),
+    "one part": (lambda: {"data": data()[:1]}, r"data= must be Split.*data= is tuple"),
+    "other keys": (lambda: {"data": {"train": 1, "valid": 2}}, r"data= must be Split.*data= is dict"),
+    "complex targets": (lambda: {"data": data(targets=BINARY.to(torch.complex64))}, GO_WITH),
     "one target more": (
         lambda: {"data": Split(data().train, Dataset(INPUTS[:4], BINARY[:5]))},
         r"data\.test must have one target for each sample, got 4 and 5",
@@ -138,7 +162,10 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "nan": (lambda: {"data": data(spoiled(7, math.nan))}, r"data\.train\.inputs: sample 7 holds nan"),
     "inf": (lambda: {"data": data(spoiled(TRAINED_ON + 5, math.inf))}, r"data\.test\.inputs: sample 5 holds inf"),
-    "float64": (lambda: {"data": data(INPUTS.double())}, r"data\.train\.inputs.*float64.*float32.*\.float\(\)"),
+    "float64 to bfloat16": (
+        lambda: {"data": data(INPUTS.double()), "model": Layers().bfloat16(), "settings": FAST},
+        r"data\.train\.inputs.*float64.*bfloat16.*\.to\(torch\.bfloat16\)",
+    ),
     "whole numbers": (lambda: {"data": data(TOKENS)}, r"data\.train\.inputs.*int64.*\.float\(\)"),
     # the model
     "function": (lambda: {"model": absolute_errors}, r"model= must be a torch\.nn\.Module"),
@@ -166,6 +193,18 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         },
         r"model= failed on data\.train\.inputs\[:1\], as few as a step may leave a rank,",
     ),
+    "unsaveable": (
+        lambda: {"model": Stateful(GENERATOR)},
+        r"model= cannot be saved: _extra_state in its state_dict\(\) is torch.*Generator.*plain values",
+    ),
+    "state of a type that safetensors lack": (
+        lambda: {"model": Stateful(torch.zeros(1, dtype=torch.complex128))},
+        "model= cannot be saved: _extra_state .* is shape .1., complex128: KeyError",
+    ),
+    "state that is not taken back": (
+        lambda: {"model": Stateful(3, takes=False)},
+        r"model= cannot be continued from its own state_dict\(\): AssertionError: 3 is not known",
+    ),
     "lazy": (lambda: {"model": nn.Sequential(nn.LazyLinear(1), nn.Flatten(0))}, "lazy parameter, 0.weight"),
     "sparse": (lambda: {"model": sparse(), "data": data(TOKENS)}, "sparse gradients for 0.weight.*sparse=False"),
     # targets of the default loss
@@ -176,6 +215,10 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         rf"logits \[n, 1\].*{GO_WITH} \[n, 1\]",
     ),
     "-1 and 1": (lambda: {"data": data(targets=BINARY * 2 - 1)}, r"data\.train\.targets: sample \d+ holds -1\.0, not"),
+    "whole numbers 1 and 2": (
+        lambda: {"data": data(targets=(BINARY + 1).int())},
+        r"data\.train\.targets: sample \d+ holds 2, not a number between 0 and 1",
+    ),
     "1 and 2": (lambda: {"data": data(targets=BINARY + 1)}, r"data\.train\.targets: sample \d+ holds 2\.0, not"),
     "1 to 3": (
         lambda: {"model": Layers(3, lambda z: z), "data": data(targets=CLASSES + 1)},
@@ -199,7 +242,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "steep": (lambda: {"loss": lambda a, b: (a - a).sqrt().sum() + b.sum()}, r"gradient of layers\.0\.weight is not"),
     "prices": (
         lambda: {"data": data(targets=1e5 + INPUTS.sum(1) * 1e5), "loss": squares},
-        "loss= comes to about .* hold less than 3.4e.10: scale targets .*--reduction fast",
+        "loss= comes to about .* hold less than 3.4e.10: scale targets .*reduction=.fast",
     ),
     "large inputs": (
         lambda: {"data": data(INPUTS * 1e7), "loss": absolute_errors},
@@ -275,14 +318,25 @@ OWN = {"mae": absolute_errors, "hits": lambda logits, targets: ((logits > 0) == 
 TRAINED: dict[str, Callable[[], dict[str, Any]]] = {
     "binary": dict,
     "plain tuples": lambda: {"data": tuple((part.inputs, part.targets) for part in data())},
+    "a dictionary of data sets": lambda: {
+        "data": {name: TensorDataset(*part) for name, part in data()._asdict().items()},
+    },
+    "numpy": lambda: {"data": data(INPUTS.numpy()[:, ::-1][:, ::-1], BINARY.numpy())},
+    "lists": lambda: {"data": data(INPUTS.tolist(), BINARY.bool().tolist())},
+    "inputs of float64": lambda: {"data": data(INPUTS.double())},
+    "targets of int64": lambda: {"data": data(targets=BINARY.long())},
+    "targets of bool": lambda: {"data": data(targets=BINARY.bool())},
     "targets of float64": lambda: {"data": data(targets=BINARY.double())},
     "inputs with a gradient": lambda: {"data": data(INPUTS.clone().requires_grad_())},
     "soft": lambda: {"data": data(targets=BINARY * 0.8 + 0.1)},
     "classes": lambda: {"model": Layers(3, lambda z: z), "data": data(targets=CLASSES)},
+    "classes of uint16": lambda: {"model": Layers(3, lambda z: z), "data": data(targets=CLASSES.to(torch.uint16))},
     "one hot": lambda: {
         "model": Layers(3, lambda z: z),
         "data": data(targets=F.one_hot(CLASSES, 3).float()),
     },
+    "one hot of int64": lambda: {"model": Layers(3, lambda z: z), "data": data(targets=F.one_hot(CLASSES, 3))},
+    "state of any kind": lambda: {"model": Stateful({"version": 3})},
     "multilabel": lambda: {
         "model": Layers(3, lambda z: z),
         "data": data(targets=(INPUTS > 0.5).float()),
@@ -313,12 +367,23 @@ TRAINED: dict[str, Callable[[], dict[str, Any]]] = {
         "settings": FAST | {"batch_size": 0},
     },
 }
+AS_BINARY = (
+    "plain tuples",
+    "a dictionary of data sets",
+    "numpy",
+    "lists",
+    "inputs of float64",
+    "targets of int64",
+    "targets of bool",
+)
 WITH_ACCURACY = {
     "binary",
-    "plain tuples",
+    *AS_BINARY,
     "targets of float64",
     "inputs with a gradient",
     "classes",
+    "classes of uint16",
+    "state of any kind",
     "partly frozen",
     "own metrics",
     "metrics of the package's own points",
@@ -365,9 +430,13 @@ def test_figures_mean_something_and_are_the_same_on_any_number_of_ranks(tmp_path
                 ]
             model = (tmp_path / str(size) / name / "model.safetensors").read_bytes()
             assert model == (tmp_path / "1" / name / "model.safetensors").read_bytes()
-    for figures in (results[1][0]["own metrics"], results[1][0]["metrics of the package's own points"]):
+    alike = {name: {key: row[key] for key in row if key not in CLOCK} for name, row in results[1][0].items()}
+    assert [alike[name] for name in AS_BINARY] == [alike["binary"]] * len(AS_BINARY)
+    assert alike["classes of uint16"] == alike["classes"]
+    assert alike["one hot of int64"] == alike["one hot"]
+    for name in ("own metrics", "metrics of the package's own points"):
         for part in ("train", "test"):
-            assert figures[f"{part}/hits"] == figures[f"{part}/accuracy"]
+            assert alike[name][f"{part}/hits"] == alike[name][f"{part}/accuracy"]
 
 
 class Outputs(nn.Module):
@@ -480,7 +549,7 @@ def test_metrics_survive_a_fault_in_mid_epoch(tmp_path: Path) -> None:
             assert {outcome.code for outcome in job.wait(60)} == {1}
     with Job(train_with_metrics, 1, tmp_path / "killed", ("mae",), None) as job:
         (outcome,) = job.wait(60)
-    assert f"UserError: {tmp_path / 'killed'} holds a run with other metrics. Choose another" in outcome.output
+    assert f"UserError: {tmp_path / 'killed'} holds a run with other metrics. Choose another run_dir=" in outcome.output
     run_ranks(train_with_metrics, 2, tmp_path / "killed", ("mae", "hits"), None)
     rows = [
         [{name: value for name, value in row.items() if name not in CLOCK} for row in metrics(tmp_path / run)]

@@ -1,8 +1,13 @@
 """The configuration: validation, precedence of flags over file over recipe, and the round trip through TOML."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -11,7 +16,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_circles.config import Config, read_toml, recipe
+from ddp_circles.config import FLAGS_SPOKEN, Config, in_arguments, read_toml, recipe
 from ddp_circles.errors import UserError
 from ddp_circles.job.faults import Fault
 from ddp_circles.train import parse_command_line
@@ -55,7 +60,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "factor": [-0.1, 1.0, 1.5, float("nan")],
     "test_fraction": [0.0, 1.0, -0.5, 0.9999, float("nan")],
     "data_seed": [-1, 2**32],
-    "hidden": [(0,), (10, -1), (10**12,)],
+    "hidden": [(0,), (10, -1), (10**12,), (1,) * 1001],
     "activation": ["tanh"],
     "optimizer": ["lion"],
     "lr": [0.0, -0.1, float("inf"), float("nan")],
@@ -104,9 +109,19 @@ def cases(table: dict[str, list[Any]]) -> list[Any]:
     return [pytest.param(field, value, id=f"{field}={value!r}") for field, values in table.items() for value in values]
 
 
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Speak flags, as the trainer's command line does."""
+    token = FLAGS_SPOKEN.set(True)
+    try:
+        yield
+    finally:
+        FLAGS_SPOKEN.reset(token)
+
+
 def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     """The error message for a bad command line, raised by us or by the parser."""
-    with pytest.raises((UserError, SystemExit)) as refused:
+    with command_line(), pytest.raises((UserError, SystemExit)) as refused:
         parse_command_line(arguments)
     if isinstance(refused.value, UserError):
         return str(refused.value)
@@ -123,8 +138,10 @@ def test_the_tables_of_bad_values_cover_every_field() -> None:
 
 @pytest.mark.parametrize("field, value", cases(OUT_OF_RANGE))
 def test_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"{flag_of(field)}\b"):
-        Config(**{field: value})
+    for spoken, name in ((nullcontext(), f"{field}="), (command_line(), flag_of(field))):
+        with spoken, pytest.raises(UserError, match=rf"^{name} ") as refused:
+            Config(**{field: value})
+        assert ("--" in str(refused.value)) == name.startswith("--")
 
 
 @pytest.mark.parametrize("field, value", cases(OUT_OF_RANGE))
@@ -138,8 +155,26 @@ def test_out_of_range_is_refused_on_the_command_line(
 def test_ill_typed_is_refused_in_a_file(field: str, value: Any, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(tomli_w.dumps({field: value}))
-    with pytest.raises(UserError, match=rf"--config .*{flag_of(field)}\b"):
-        read_toml(file)
+    for spoken, name in ((nullcontext(), f"{field}="), (command_line(), flag_of(field))):
+        with spoken, pytest.raises(UserError, match=rf"--config .*: {name} "):
+            read_toml(file)
+
+
+@pytest.mark.parametrize(
+    "flags, arguments",
+    [
+        ("--reduction exact cannot, --reduction fast.", 'reduction="exact" cannot, reduction="fast".'),
+        ("--resume must: no; --resume must be one of", 'resume="must": no; resume= must be one of'),
+        ("--run-dir /a/b c is; another --run-dir, or", "run_dir=/a/b c is; another run_dir=, or"),
+        ("--epochs 3: more --epochs to; --lr 0.01)", "epochs=3: more epochs= to; lr=0.01)"),
+        ("--wandb-project (a there) --wandb offline", 'wandb_project= (a there) wandb="offline"'),
+        ("--rdzv-id, --nproc_per_node=2, --epochs-done", "--rdzv-id, --nproc_per_node=2, --epochs-done"),
+    ],
+)
+def test_flags_become_arguments(flags: str, arguments: str) -> None:
+    assert in_arguments(flags) == in_arguments(arguments) == arguments
+    with command_line():
+        assert in_arguments(flags) == flags
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config) if field.type in (int, float)])
@@ -149,7 +184,7 @@ def test_words_for_numbers_are_refused_on_the_command_line(field: str, capsys: p
 
 @pytest.mark.parametrize("samples, fraction", [(2, 0.75), (10, 0.95)])
 def test_both_parts_of_the_split_need_a_sample(samples: int, fraction: float) -> None:
-    with pytest.raises(UserError, match="--test-fraction"):
+    with pytest.raises(UserError, match="test_fraction="):
         Config(n_samples=samples, test_fraction=fraction)
 
 
@@ -172,7 +207,7 @@ def test_unknown_key_is_refused_by_name(key: str, tmp_path: Path) -> None:
         read_toml(file)
 
 
-@pytest.mark.parametrize("content", [None, b"lr = ", b"\xff\xfe", b"lr = 1\nlr = 2\n"])
+@pytest.mark.parametrize("content", [None, b"lr = ", b"\xff\xfe", b"lr = 1\nlr = 2\n", b"lr = " + b"[" * 60000])
 def test_unreadable_file_is_refused(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.toml"
     if content is not None:
@@ -181,8 +216,33 @@ def test_unreadable_file_is_refused(content: bytes | None, tmp_path: Path, capsy
 
 
 def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--config"):
-        read_toml(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=rf"^--config {path} cannot be read: it is a"):
+            read_toml(path)
+
+
+def test_a_script_that_does_not_catch_it_ends_as_a_command_line() -> None:
+    script = "import ddp_circles; ddp_circles.Config(lr=-1)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: lr= must be a finite number above 0, got -1\n"
+
+
+def test_other_errors_of_a_script_are_shown_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[BaseException] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "excepthook", lambda _, error, __: seen.append(error))
+        for _ in range(2):
+            with pytest.raises(UserError):
+                Config(lr=-1)
+        sys.excepthook(ValueError, other := ValueError("other"), None)
+        assert seen == [other]
+        assert capsys.readouterr() == ("", "")
+        patch.setattr(sys, "ps1", ">>> ", raising=False)  # a session at a prompt goes on
+        sys.excepthook(UserError, UserError("mistake"), None)
+        assert (seen, capsys.readouterr().err) == ([other], "error: mistake\n")
+    assert UserError("mistake")._render_traceback_() == ["error: mistake"]  # for IPython, which has no hook
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from sklearn.datasets import make_blobs, make_circles, make_moons
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ddp_circles import Config, data, fit, points, run
+from ddp_circles import Config, data, fit, memory, points, run
 from ddp_circles.data import Split, make_points
 from ddp_circles.errors import UserError
 from ddp_circles.models import Classifier, class_count, correct_count, labels_of, loss_sum, probabilities_of
@@ -264,17 +265,48 @@ def test_more_points_than_memory_holds_are_the_users_to_put_right(monkeypatch: p
         make_points("circles", **CIRCLES)  # type: ignore[arg-type]
 
 
-def fit_without_memory(folder: Path) -> str:
-    """Train where the points need more memory than there is; returns the refusal."""
-    setattr(points, "generate", take_two_exbibytes)  # noqa: B010 - a plain assignment has another type
+def fit_beyond_memory(folder: Path, settings: dict[str, Any]) -> tuple[str, float]:
+    """Train with `settings` on a machine of 16 GiB; returns the refusal, and MiB that this took."""
+    setattr(memory, "machine_memory", lambda: 2**34)  # noqa: B010 - a plain assignment has another type
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError) as caught:
-        fit(Config(run_dir=folder / "run", epochs=1, wandb="disabled", plots=False))
-    return str(caught.value)
+        fit(Config(run_dir=folder / "run", epochs=1, wandb="disabled", plots=False, **settings))
+    return str(caught.value), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-@pytest.mark.thorough
-def test_fit_refuses_them_too(tmp_path: Path) -> None:
-    assert re.match(TOO_MUCH_MEMORY, run_ranks(fit_without_memory, 1, tmp_path)[0])
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"n_samples": 2**31 - 1}, "n_samples=2147483647 needs"),
+        ({"hidden": (65536, 65536)}, "hidden= needs"),
+        ({"hidden": (65536, 65536), "reduction": "fast", "optimizer": "sgd"}, "hidden= needs"),
+        ({"hidden": (65536,), "batch_size": 0, "n_samples": 10**6}, "hidden= needs"),
+    ],
+)
+def test_what_the_machine_cannot_hold_is_refused_before_it_is_asked_for(
+    tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    for refusal, taken in run_ranks(fit_beyond_memory, 2, tmp_path, settings):
+        assert re.match(rf"^{named} more memory than there is \(at least [\d,.]+ GiB, of 16\.0\): use ", refusal)
+        assert taken < 300
+
+
+def test_a_limit_on_any_group_above_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = memory.machine_memory()
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    for own, name in (("0::/job/step", "memory.max"), ("4:memory:/job/step", "memory/memory.limit_in_bytes")):
+        (tmp_path / "own").write_text(f"9:name=systemd:/\n{own}\n")
+        folder, _, file = f"/{name}".rpartition("/")
+        root = tmp_path / folder.lstrip("/")
+        for group, limit in ((root / "job/step", "max"), (root / "job", str(10**6)), (root / "job/other", "7")):
+            group.mkdir(parents=True, exist_ok=True)
+            (group / file).write_text(f"{limit}\n")
+        assert memory.machine_memory() == 10**6
+        (root / "job" / file).unlink()
+        assert memory.machine_memory() >= machine
+    with pytest.raises(MemoryError, match=r"^at least 2\.0 GiB, of 1\.0$"):
+        memory.require_memory(2**31, 2**30)
 
 
 def make_at_once(folder: str) -> tuple[float, list[str]]:

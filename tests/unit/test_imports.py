@@ -1,6 +1,9 @@
 """Import discipline: nothing heavy before the command line is parsed; and the public names."""
 
+import dataclasses
 import os
+import pydoc
+import re
 import subprocess
 import sys
 
@@ -48,10 +51,19 @@ def test_bad_flags_are_refused_before_torch_is_imported() -> None:
 
 
 def test_the_public_names() -> None:
-    assert ddp_circles.__all__ == ["Config", "Dataset", "Result", "Split", "fit"]
+    assert ddp_circles.__all__ == ["Config", "Dataset", "Result", "Split", "UserError", "fit"]
     assert all(hasattr(ddp_circles, name) for name in ddp_circles.__all__)
     assert not hasattr(ddp_circles, "Trainer")
     assert ddp_circles.fit.__module__ == "ddp_circles.run"
+    assert set(ddp_circles.__all__) <= set(dir(ddp_circles))
+
+
+def test_help_shows_what_there_is() -> None:
+    shown = pydoc.plain(pydoc.render_doc(ddp_circles))
+    for name in ddp_circles.__all__:
+        assert re.search(rf"^    (class )?{name}\b", shown, re.MULTILINE), name
+    for field in (*dataclasses.fields(ddp_circles.Config), *dataclasses.fields(ddp_circles.Result)):
+        assert re.search(rf"^ +\|? +{field.name}: [A-Za-z].{{5}}", shown, re.MULTILINE), field.name
 
 
 @pytest.mark.parametrize("module", ["train", "predict", "verify"])

@@ -584,7 +584,7 @@ def make_folder(run: Path) -> None:
         (rewrite("config.toml", lambda content: b"lr = "), "config.toml cannot be read"),
         (rewrite("config.toml", lambda content: b"\xff"), "config.toml cannot be read"),
         (rewrite("config.toml", lambda content: content + b"colour = 3\n"), "unknown key 'colour'"),
-        (rewrite("config.toml", lambda content: b"lr = -1.0\n"), "--lr must be"),
+        (rewrite("config.toml", lambda content: b"lr = -1.0\n"), "lr= must be"),
         (
             rewrite("config.toml", lambda content: b"hidden = [9, 10]\n"),
             "layers.0.bias is torch.float32 [10] in the first and torch.float32 [9] by the second",
