@@ -138,6 +138,25 @@ def test_rank_0_and_its_store_never_come(tmp_path: Path) -> None:
         assert outcome.code == 1
 
 
+def train_as_task_0(*flags: object) -> None:
+    """Train as in an interactive shell that srun has started as one of four tasks, without the others."""
+    forget_launcher()
+    os.environ.update(
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}
+        | {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
+    )
+    train_hurriedly(*flags)
+
+
+def test_a_shell_that_is_one_of_several_tasks_says_whom_it_waits_for(tmp_path: Path) -> None:
+    with Job(train_as_task_0, 1, "--run-dir", tmp_path, *QUIET, *SMALL, "--timeout=2") as job:
+        (outcome,) = job.wait(60)
+    assert outcome.code == 1
+    waits, ends = outcome.output.splitlines()
+    assert waits.startswith("rank 0: still waiting for ranks 1-3 of 4 (srun) at 127.0.0.1:")
+    assert ends.startswith("rank 0: lost a peer: ranks 1-3 were never seen (waited 2 s for all ranks to join at ")
+
+
 # ---- ranks that end while they join
 
 
@@ -157,7 +176,13 @@ def end_in(place: str, victim: int, how: str, *flags: object) -> None:
 
 @pytest.mark.parametrize(
     ("size", "victim", "place"),
-    [(2, 0, "choose_device"), (2, 1, "init_process_group"), (3, 2, "choose_device"), (3, 0, "init_process_group")],
+    [
+        (2, 0, "choose_device"),
+        (3, 2, "init_process_group"),
+        pytest.param(2, 1, "init_process_group", marks=pytest.mark.thorough),
+        pytest.param(3, 0, "init_process_group", marks=pytest.mark.thorough),
+        pytest.param(3, 1, "choose_device", marks=pytest.mark.thorough),
+    ],
 )
 @pytest.mark.parametrize("how", ["SIGKILL", "raise"])
 def test_a_rank_that_ends_while_it_joins_ends_the_others_soon(
