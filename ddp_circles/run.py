@@ -3,8 +3,8 @@
 import dataclasses
 import platform
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,13 @@ from ddp_circles import loop
 from ddp_circles.config import Config, flags_of
 from ddp_circles.contract import TOLERANCE, check_data, check_metrics, check_model, check_training
 from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
-from ddp_circles.errors import EXIT_STOPPED, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
+from ddp_circles.errors import EXIT_STOPPED, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, be_deterministic
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.faults import Fault, Rehearsal
 from ddp_circles.job.ranks import continuing_command, read_ranks, spell_ranks
 from ddp_circles.job.stop import stop_requested
-from ddp_circles.job.watch import WAITED, Watch
-from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
+from ddp_circles.job.world import World, open_world, pin_threads, telling_others
 from ddp_circles.metrics import LocalTally, Metric, Progress
 from ddp_circles.models import Classifier, class_count, loss_sum
 from ddp_circles.records.console import Console
@@ -70,20 +69,21 @@ def fit(
     with stop_requested.listening():
         ranks = read_ranks()
         pin_threads(config.threads)
-        with (
-            Watch(ranks) as watch,
-            open_world(ranks, config.device, config.backend, config.timeout, flags_of(config)) as world,
-            ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
-            _telling_others(world, watch),
-        ):
-            watch.connect(world.store)
-            return _fit_in_world(config, world, watch, at_end, model, data, loss, metrics)
+        try:
+            with (
+                open_world(ranks, config.device, config.backend, config.timeout, flags_of(config)) as world,
+                ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
+                telling_others(world.ranks, world.watch),
+            ):
+                return _fit_in_world(config, world, at_end, model, data, loss, metrics)
+        except StopRequestedError:
+            # These two kill the other ranks over any other code, rank 0 while it still writes among them.
+            raise SystemExit(0 if ranks.launcher in ("torchrun", "mpirun") else EXIT_STOPPED) from None
 
 
 def _fit_in_world(
     config: Config,
     world: World,
-    watch: Watch,
     at_end: ExitStack,
     model: nn.Module | None,
     data: Split | None,
@@ -117,7 +117,7 @@ def _fit_in_world(
     tally = LocalTally(world.device, metrics=metrics, accuracy=accuracy, exact=exact)
     samples = len(split.train.inputs)
     recorder = Recorder(
-        watch=watch,
+        watch=world.watch,
         rehearsal=Rehearsal(fault, path / "fault", bare) if fault and fault.rank == world.ranks.rank else None,
         writer=_make_writer(config, world, found, bare, optimizer) if world.ranks.is_main else None,
         steps_per_epoch=-(-samples // (config.batch_size or samples)),
@@ -320,26 +320,3 @@ def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
         from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
         draw_run(bare, split, run_dir)
-
-
-@contextmanager
-def _telling_others(world: World, watch: Watch) -> Iterator[None]:
-    """Tell the other ranks how this one ends, and turn what it ends by into an exit code."""
-    try:
-        yield
-    except UserError:
-        raise
-    except StopRequestedError:
-        # These two kill the other ranks over any other code, rank 0 while it still writes among them.
-        raise SystemExit(0 if world.ranks.launcher in ("torchrun", "mpirun") else EXIT_STOPPED) from None
-    except (OutOfRangeError, RunDirTakenError) as error:
-        watch.say(str(error))
-        watch.last_words(f"raised {type(error).__name__}")
-        raise SystemExit(1) from None
-    except Exception as error:
-        if world.ranks.world_size > 1 and is_lost_peer(error):
-            reason = first_sentence(error)
-            watch.last_words(WAITED, lambda missing: watch.say(f"lost a peer: {missing} ({reason})"))
-            raise SystemExit(1) from None
-        watch.last_words(f"raised {type(error).__name__}")
-        raise

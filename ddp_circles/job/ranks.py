@@ -1,13 +1,14 @@
 """The launcher's environment, read into ranks. The only module that reads launcher variables; imports no torch."""
 
+import contextlib
 import ipaddress
 import os
 import re
 import shlex
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from zlib import crc32
 
@@ -46,13 +47,14 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
+    local_rank: int | None = 0
+    """None until the hosts of all ranks are known, where nobody has given it."""
     local_world_size: int = 1
     nodes: int = 1
     one_machine: bool = True
-    """True if all ranks are known to be on this machine."""
+    """True if all ranks are known to be on this machine, in one network namespace."""
     launcher: str = "one process"
-    """`torchrun`, `srun`, `mpirun` or `one process`."""
+    """`torchrun`, `mpirun`, `srun`, `environment` for variables set by hand or by Kubernetes, or `one process`."""
     job_id: str | None = None
     """The launcher's name for the run, the same after a restart or requeue; None if it has none."""
     job: str = ""
@@ -71,10 +73,11 @@ class Ranks:
     """The file in which torchrun's agent looks for the error that ended this rank; None without an agent."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
+        local_rank = self.local_rank or 0
+        if not (0 <= self.rank < self.world_size and 0 <= local_rank < self.local_world_size <= self.world_size):
             raise UserError(
                 f"{self.launcher}'s variables contradict each other: rank {self.rank} of {self.world_size}, "
-                f"local rank {self.local_rank} of {self.local_world_size}"
+                f"local rank {local_rank} of {self.local_world_size}"
             )
 
     @property
@@ -95,7 +98,25 @@ class Ranks:
     @property
     def launched(self) -> bool:
         """True if a launcher started this process and looks after it."""
-        return self.launcher != "one process"
+        return self.launcher not in ("environment", "one process")
+
+    def on_hosts(self, hosts: Sequence[object]) -> "Ranks":
+        """These ranks, given the host of each: whether they are on one machine, and what no launcher has told."""
+        here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
+        known = replace(self, one_machine=len(here) == self.world_size)
+        if self.launcher not in ("environment", "mpirun"):
+            return known
+        local_rank = here.index(self.rank) if self.local_rank is None else self.local_rank
+        return replace(known, local_rank=local_rank, local_world_size=len(here), nodes=len(set(hosts)))
+
+
+def this_host() -> str:
+    """The identity of this machine or container; two have the same only if their processes can meet on the loopback."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # /proc may be hidden
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(Path("/proc/self/ns/net").readlink()))
+    return " ".join(parts)
 
 
 def spell_ranks(ranks: Iterable[int]) -> str:
@@ -105,15 +126,15 @@ def spell_ranks(ranks: Iterable[int]) -> str:
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Find this process's ranks: torchrun's variables first, then mpirun's, then the Slurm step's, then one process.
+    """Find this process's ranks: RANK first, of torchrun or set by hand, then mpirun's, the Slurm step's, one process.
 
     Raises `UserError` where the variables contradict each other.
     """
-    if "RANK" in environment:
-        return _torchrun_ranks(environment)
+    if "RANK" in environment:  # torchrun's agent sets its variables too, by hand or in Kubernetes nobody does
+        return _torchrun_ranks(environment) if "TORCHELASTIC_RUN_ID" in environment else _given_ranks(environment)
     for names in MPI_VARIABLES:
         if environment.keys() >= set(names):  # in a Slurm job, the step's variables are those of mpirun's own helpers
-            return _mpi_ranks(environment, *names)
+            return _mpi_ranks(environment, names)
     if "WORLD_SIZE" in environment and environment.get("SLURM_STEP_NUM_TASKS") != environment["WORLD_SIZE"]:
         raise UserError("WORLD_SIZE is set without RANK: start with torchrun or srun, or unset WORLD_SIZE")
     if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
@@ -143,13 +164,12 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
-    run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    run_id = environment["TORCHELASTIC_RUN_ID"]
     error_file = environment.get("TORCHELASTIC_ERROR_FILE")
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     restarts = _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
     host = environment.get("MASTER_ADDR", LOOPBACK)
     agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # Without an agent, by hand or in Kubernetes, only the address tells.
     one_machine = environment.get("GROUP_WORLD_SIZE") == "1" or _is_loopback(host)
     return Ranks(
         rank=rank,
@@ -172,31 +192,45 @@ def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
     )
 
 
-def _mpi_ranks(environment: Mapping[str, str], *names: str) -> Ranks:
-    rank, world_size, local_rank, local_world_size = (_number(environment, name) for name in names)
+def _given_ranks(environment: Mapping[str, str]) -> Ranks:
+    """Ranks without a launcher: by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and by LOCAL_* if they are given."""
+    world_size = _number(environment, "WORLD_SIZE")
+    local_world_size = _number(environment, "LOCAL_WORLD_SIZE", world_size)
+    host = environment.get("MASTER_ADDR", LOOPBACK)
     one_machine = local_world_size == world_size
-    if not one_machine and not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
+    if "LOCAL_WORLD_SIZE" not in environment:
+        # In a pod of Kubernetes, localhost is the pod's own: it can be the first pod's MASTER_ADDR while others join.
+        one_machine = _is_loopback(host) and "KUBERNETES_SERVICE_HOST" not in environment
+    return Ranks(
+        rank=_number(environment, "RANK"),
+        world_size=world_size,
+        local_rank=_number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else None,
+        local_world_size=local_world_size,
+        one_machine=one_machine,
+        launcher="environment",
+        job_id=environment.get("SLURM_JOB_ID") or None,
+        job=f"a job of {world_size} ranks",
+        launch=environment.get(LAUNCH_VARIABLE),
+        store_address=(LOOPBACK if one_machine else host, _number(environment, "MASTER_PORT"))
+        if world_size > 1
+        else None,
+    )
+
+
+def _mpi_ranks(environment: Mapping[str, str], names: Sequence[str]) -> Ranks:
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {ours: environment[theirs] for ours, theirs in zip(own, names, strict=True)}
+    # Open MPI has a name for each job, by which those of one machine meet apart.
+    job = environment.get("PMIX_NAMESPACE") or environment.get("SLURM_JOB_ID", "")
+    if given["WORLD_SIZE"] == given["LOCAL_WORLD_SIZE"]:
+        given["MASTER_PORT"] = environment.get("MASTER_PORT", str(20000 + crc32(job.encode()) % 20000))
+    elif not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
         raise UserError(
             "mpirun does not say where the ranks of several nodes can meet: give all of them MASTER_ADDR, the first "
             "node's name, and MASTER_PORT, a free port there (Open MPI: mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
         )
-    job_id = environment.get("SLURM_JOB_ID") or None
-    job = environment.get("PMIX_NAMESPACE") or job_id or ""  # of Open MPI's jobs, each has a name
-    host = LOOPBACK if one_machine else environment["MASTER_ADDR"]
-    port = _number(environment, "MASTER_PORT", 20000 + crc32(job.encode()) % 20000)
-    return Ranks(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=local_world_size,
-        nodes=-(-world_size // max(1, local_world_size)),
-        one_machine=one_machine,
-        launcher="mpirun",
-        job_id=job_id,
-        job=f"mpirun's job {job} of {world_size} ranks",
-        launch=environment.get(LAUNCH_VARIABLE),
-        store_address=(host, port) if world_size > 1 else None,
-    )
+    ranks = _given_ranks({**environment, **given})
+    return replace(ranks, launcher="mpirun", job=f"mpirun's job {job} of {ranks.world_size} ranks")
 
 
 def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:

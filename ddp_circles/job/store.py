@@ -5,6 +5,7 @@ torch's own stores listen on all addresses, without a password.
 
 import errno
 import socket
+import time
 from datetime import timedelta
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
@@ -12,6 +13,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import LOOPBACK, Ranks
 
+CONNECT_SECONDS = 10.0
+"""Time that the machine of the store has to answer one attempt."""
 JOB = "ddp_circles/job"
 """The key that holds the name of the job that meets here."""
 
@@ -61,17 +64,35 @@ def _connect(ranks: Ranks, host: str, port: int, timeout: timedelta) -> Store:
     if ranks.serves_store:
         store = _serve(ranks, host, port, timeout)
     else:
-        if ranks.store_is_the_agents:
-            # It was there before this process: if nobody answers, the launcher is gone and waiting is in vain.
-            socket.create_connection((host, port), timeout.total_seconds()).close()
+        _await_server(host, port, 0.0 if ranks.store_is_the_agents else timeout.total_seconds())
         store = TCPStore(host, port, None, False, timeout, False)
     _stores[host, port] = store
     return store
 
 
+def _await_server(host: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens there; torch's client would report each attempt, with a C++ stack.
+
+    An agent's store was there before this process: if nobody answers, the launcher is gone and waiting is in vain.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), CONNECT_SECONDS).close()
+        except OSError:  # rank 0 or its name may not be there yet
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
 def _serve(ranks: Ranks, host: str, port: int, timeout: timedelta) -> Store:
     try:
-        return serve_store(port, timeout) if ranks.one_machine else TCPStore(host, port, None, True, timeout, False)
+        if ranks.one_machine:
+            return serve_store(port, timeout)
+        # On all addresses: the name by which others reach this machine may mean another address here, or none yet.
+        return TCPStore(LOOPBACK, port, None, True, timeout, False)
     except (OSError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(

@@ -7,17 +7,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self
 
 from torch._C._distributed_c10d import HashStore, Store
 
-from ddp_circles.job.ranks import Ranks, parent_at_start
+from ddp_circles.job.ranks import Ranks, parent_at_start, spell_ranks
 from ddp_circles.terminal import visible, visible_lines
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 7.0
 """Time for a rank to end by itself once the job has failed."""
+SILENT_SECONDS = 20.0
+"""Time without a heartbeat after which a rank that joins counts as gone; a GPU's driver may hold its threads up."""
 WITNESS_SECONDS = 3.0
 """Time that survivors wait for each other's word before they name who gave none; some heartbeats long."""
 STORE_SECONDS = 30.0
@@ -59,7 +61,7 @@ class Watch:
     """Looks after this rank from a thread of its own; a context manager.
 
     Leaves a heartbeat in the store once a second, and ends the process when its launcher is gone, or `GRACE_SECONDS`
-    after the job failed on another rank. Without a launcher there is no thread.
+    after the job failed on another rank. One process without a launcher needs no thread.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -68,6 +70,11 @@ class Watch:
         self._launcher = parent_at_start()
         self._store: Store = HashStore()
         """Its own until it is connected; in a world of one for good."""
+        self._connected = False
+        self.starting = True
+        """True while the ranks join: nothing but its heartbeats tells then that another one is gone."""
+        self._pulse: dict[int, tuple[int, float]] = {}
+        """The other ranks' latest heartbeats in start-up, by number, and when this rank saw them first."""
         self.position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
         """Phase, epoch, step, and the time of the mark."""
         self._beats = 0
@@ -79,7 +86,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._ranks.launched:
+        if self._ranks.launched or self._others:
             self._thread.start()
         return self
 
@@ -92,11 +99,20 @@ class Watch:
         """Leave heartbeats in `store` from now on."""
         if self._others:
             self._store = store.clone()  # type: ignore[attr-defined]
+            self._connected = True
             self._beat()
 
     def mark(self, phase: str, epoch: int, step: int) -> None:
         """Note where this rank is; cheap enough for every step."""
         self.position = (phase, epoch, step, time.time())
+
+    def absent(self) -> list[int]:
+        """The ranks that have not come yet; rank 0 alone as long as its store does not answer."""
+        if not self._connected:
+            return self._others[:1]
+        with contextlib.suppress(RuntimeError):
+            return [rank for rank in self._others if not self._seen(rank)]
+        return []
 
     def say(self, line: str) -> None:
         """Print `line` on standard error, labelled with the rank."""
@@ -174,6 +190,8 @@ class Watch:
 
         The others wait for its verdict, in bounded time: if each looked at all, a large job would swamp the store.
         """
+        if self._others and not self._connected:
+            return self._describe_all(self.absent(), {})
         store = self._store
         try:
             deadline = time.monotonic() + 2 * WITNESS_SECONDS * (store.add("witnesses", 1) > 1)
@@ -193,7 +211,7 @@ class Watch:
         silent = [rank for rank in self._others if rank not in words]
         # A rank that waits for another survivor is as silent as a dead one, but its heart beats.
         gone = [rank for rank in silent if self._seen(rank).get("count") == before[rank]]
-        return "; ".join(self._describe(rank, words.get(rank, "")) for rank in raised or gone or silent) or NOBODY
+        return self._describe_all(raised or gone or silent, words) or NOBODY
 
     def _gather_words(self) -> dict[int, str]:
         """The last words of the other ranks; ends when all have spoken, when one has raised, or in bounded time."""
@@ -208,10 +226,16 @@ class Watch:
                 return words
             time.sleep(0.05)
 
+    def _describe_all(self, ranks: Sequence[int], words: Mapping[int, str]) -> str:
+        """Each of `ranks` in words; those that never came together."""
+        absent = [rank for rank in ranks if not self._seen(rank)]
+        described = [self._describe(rank, words.get(rank, "")) for rank in ranks if rank not in absent]
+        if absent:
+            described.append(f"{spell_ranks(absent)} {'was' if len(absent) == 1 else 'were'} never seen")
+        return "; ".join(described)
+
     def _describe(self, rank: int, word: str) -> str:
         seen = self._seen(rank)
-        if not seen:
-            return f"rank {rank} was never seen"
         age = max(0.0, time.time() - seen["since"])
         return visible(f"{seen['name']} {word + ', ' if word else ''}last seen in {seen['where']}, {age:.0f} s ago")
 
@@ -229,7 +253,7 @@ class Watch:
     def _run(self) -> None:
         deadline = math.inf
         while not self._over.wait(BEAT_SECONDS):
-            if os.getppid() != self._launcher:
+            if self._ranks.launched and os.getppid() != self._launcher:
                 self._end_unless_speaking("its launcher is gone")
             self.news = self._exchange()
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS) if self.news else math.inf
@@ -241,12 +265,23 @@ class Watch:
         try:
             self._beat()
             if not self._store.check(["failed"]):
-                return ""
+                return self._find_silent() if self.starting else ""
             if self._store.check(["verdict"]):
                 self._verdict = self._read("verdict")
             return f"the job has failed: {self._verdict}"
         except RuntimeError:
             return "the store of the job is gone"
+
+    def _find_silent(self) -> str:
+        """Say which rank's heart has stopped, empty if none has; rank 0 listens to all others, they to rank 0."""
+        for rank in self._others if self._ranks.is_main else [0]:
+            count, now = self._seen(rank).get("count", 0), time.monotonic()
+            if count and count == self._pulse.get(rank, (0, now))[0]:
+                if now - self._pulse[rank][1] > SILENT_SECONDS:
+                    return f"no heartbeat of rank {rank} for {SILENT_SECONDS:.0f} s"
+            else:
+                self._pulse[rank] = count, now
+        return ""
 
     def _beat(self) -> None:
         phase, epoch, step, since = self.position

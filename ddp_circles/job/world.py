@@ -3,12 +3,17 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,14 +21,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from ddp_circles.errors import UserError
+from ddp_circles.errors import OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
+from ddp_circles.job.cards import default_cards
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
-from ddp_circles.job.ranks import Ranks, set_thread_variables, spell_ranks
+from ddp_circles.job.ranks import Ranks, set_thread_variables, spell_ranks, this_host
+from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.store import open_store
-from ddp_circles.job.watch import waiting
+from ddp_circles.job.watch import STORE_SECONDS, WAITED, Watch, waiting
 from ddp_circles.plain import Plain, from_bytes, to_bytes
 from ddp_circles.terminal import say
 
+CONNECTING = "connect"
+"""The phase in which the ranks, which have met at the store, open connections to each other."""
+CARD_ADVICE = (
+    "; if the nodes have several network cards, name the one they share in GLOO_SOCKET_IFNAME, or for nccl in "
+    "NCCL_SOCKET_IFNAME"
+)
+LOOK_SECONDS = 0.1
+PATIENCE_SECONDS = 10.0
+"""Time until a rank says for whom it waits."""
+STOP_SECONDS = 5.0
+"""Time that a rank which was asked to stop still waits for the others: if they come, all save and stop together."""
 HEARING_SECONDS = 5.0
 """Time that the rank that serves the store gives the others to read why the job is refused."""
 
@@ -40,6 +58,20 @@ def pin_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _share(store: Store, ranks: Ranks, name: str, own: object, decide: Callable[[list[Any]], object]) -> Any:
+    """Return, on every rank, what rank 0's `decide` makes of each rank's `own`; all of it is what JSON knows."""
+    store.set(f"{name}/{ranks.rank}", json.dumps(own))
+    if ranks.is_main:
+        everyone = [json.loads(store.get(f"{name}/{rank}")) for rank in range(ranks.world_size)]
+        store.set(name, json.dumps(decide(everyone)))
+    return json.loads(store.get(name))
+
+
+def _number_hosts(hosts: list[str]) -> list[int]:
+    numbers = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+    return [numbers[host] for host in hosts]
+
+
 def _agree(
     store: Store, ranks: Ranks, device: str, backend: str, settings: Mapping[str, object]
 ) -> tuple[torch.device, str]:
@@ -50,17 +82,13 @@ def _agree(
     texts = {flag: str(value) for flag, value in settings.items()}
     chosen = None
     try:
-        chosen = choose_device(device, backend, ranks.local_rank)
+        chosen = choose_device(device, backend, ranks.local_rank or 0)
         if chosen[0].type == "cuda":
             torch.cuda.set_device(chosen[0])
         place = Place(ranks.name, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]), settings=texts)
     except (UserError, RuntimeError) as error:  # RuntimeError: the GPU is there and does not work
         place = Place(ranks.name, refusal=str(error), settings=texts)
-    store.set(f"place/{ranks.rank}", json.dumps(place))
-    if ranks.is_main:
-        places = [Place(*json.loads(store.get(f"place/{rank}"))) for rank in range(ranks.world_size)]
-        store.set("refusal", why_not_together(places))
-    refusal = store.get("refusal").decode()
+    refusal = _share(store, ranks, "place", place, lambda places: why_not_together([Place(*one) for one in places]))
     if refusal or chosen is None:
         store.set(f"heard/{ranks.rank}", "")
         if ranks.serves_store:
@@ -79,6 +107,8 @@ class World:
     backend: str
     store: Store
     """The key-value store of this start's ranks."""
+    watch: Watch
+    """Looks after this rank until the world is closed."""
     timeout: float
     """Seconds that a collective may take."""
     number: int
@@ -170,45 +200,133 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
         return None, str(error)
 
 
+def _join(
+    ranks: Ranks, watch: Watch, device: str, backend: str, timeout: float, settings: Mapping[str, object]
+) -> World:
+    """Meet the other ranks at the store, find out who is where, and open the process group."""
+    number = next(_world_numbers)
+    # The store is more patient than `_attend`, which says who is missing.
+    store = open_store(ranks, timedelta(seconds=timeout + STORE_SECONDS), number)
+    watch.connect(store)
+    ranks = ranks.on_hosts(_share(store, ranks, "host", this_host(), _number_hosts))
+    own, backend = _agree(store, ranks, device, backend, settings)
+    for name, card in default_cards(ranks.one_machine, ranks.store_address).items():
+        os.environ.setdefault(name, card)
+    watch.mark(CONNECTING, 0, 0)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=own if own.type == "cuda" else None,
+    )
+    watch.mark("start", 0, 0)
+    return World(ranks, own, backend, store, watch, timeout, number)
+
+
+def _attend(joining: "Future[World]", ranks: Ranks, watch: Watch, timeout: float) -> World:
+    """Wait until all ranks have joined; after `PATIENCE_SECONDS`, say for whom.
+
+    Raises `ConnectionError` if that fails or takes more than `timeout` seconds; `StopRequestedError` instead if a stop
+    was requested, which leaves the others `STOP_SECONDS` to come.
+    """
+    begun = time.monotonic()
+    deadline, patience, failure = begun + timeout, begun + PATIENCE_SECONDS, ""
+    place = "{}:{}".format(*ranks.store_address or ("", ""))
+    while not failure:
+        if wait([joining], LOOK_SECONDS).done:
+            try:
+                return joining.result()
+            except Exception as error:
+                if not (isinstance(error, OSError) or is_lost_peer(error)):
+                    raise
+                failure = first_sentence(error)
+        now = time.monotonic()
+        failure = failure or watch.news.partition(":")[0]
+        if stop_requested():
+            deadline = min(deadline, now + STOP_SECONDS)
+        if not failure and now > deadline:
+            failure = f"waited {now - begun:.0f} s for all ranks to join at {place}"
+        if now > patience:
+            patience = math.inf
+            absent = watch.absent()
+            if absent and (ranks.is_main or 0 in absent):
+                watch.say(
+                    f"still waiting for {spell_ranks(absent)} of {ranks.world_size} ({ranks.launcher}) at {place}; "
+                    f"waited {PATIENCE_SECONDS:.0f} s of {timeout:g} s"
+                )
+    if stop_requested():
+        watch.say("stopped before all ranks had joined; nothing was trained since the start")
+        watch.last_words("was asked to stop")
+        raise StopRequestedError
+    raise ConnectionError(failure + CARD_ADVICE * (watch.position[0] == CONNECTING))
+
+
 @contextmanager
 def open_world(
     ranks: Ranks, device: str, backend: str, timeout: float, settings: Mapping[str, object]
 ) -> Iterator[World]:
     """Join the process group of all ranks, and leave it whatever happens; a world of one is a world too.
 
-    `device` and `backend` as in the configuration. `timeout`: seconds that a collective may take. `settings`: flags and
-    values that must be the same on all ranks. Raises `ConnectionError` if the ranks do not find each other, and
-    `UserError`, the same on all ranks, if their settings or devices do not go together; also if they would look for
-    each other at stale addresses, or find another job.
+    `device` and `backend` as in the configuration. `timeout`: seconds that a collective may take, and the start.
+    `settings`: flags and values that must be the same on all ranks. Raises `UserError`, the same on all ranks, if their
+    settings or devices do not go together; also if they would look for each other at stale addresses, or find another
+    job, or if a process group is open already. Raises `SystemExit` if another rank does not come or is lost meanwhile,
+    and `StopRequestedError` if a stop was requested and not all ranks come.
     """
-    number = next(_world_numbers)
-    try:
-        store = open_store(ranks, timedelta(seconds=timeout), number)
-        own, backend = _agree(store, ranks, device, backend, settings)
-        if ranks.one_machine:  # neither library needs to listen beyond it
-            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(name, "lo")
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=timedelta(seconds=timeout),
-            device_id=own if own.type == "cuda" else None,
+    if dist.is_initialized():
+        raise UserError(
+            "a torch.distributed process group is open already: do not call init_process_group, the ranks' group is "
+            "opened and closed here; call destroy_process_group before if you need one of your own"
         )
-    except (RuntimeError, OSError) as error:
-        card = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
-        raise ConnectionError(
-            f"rank {ranks.rank} did not find the other {ranks.world_size - 1} ranks at {ranks.store_address}: {error}\n"
-            f"If the nodes have several network cards, name the one they share in {card}."
-        ) from error
+    with Watch(ranks) as watch:
+        joining: Future[World] = Future()
+        with telling_others(ranks, watch):
+            # In a thread, for these calls wait in C++: this one hears signals and the news meanwhile.
+            threading.Thread(
+                target=_fulfil,
+                args=(joining, partial(_join, ranks, watch, device, backend, timeout, settings)),
+                daemon=True,
+            ).start()
+            world = _attend(joining, ranks, watch, timeout)
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)  # each thread has its own
+        watch.starting = False
+        try:
+            yield world
+        finally:
+            # DDP holds the group in C++. If it held the last reference, the group would end with Python's lock held and
+            # wait for a thread of gloo's that may be waiting for that very lock, to drop the tensors of the last sum.
+            _last_group[:] = [dist.group.WORLD]
+            dist.destroy_process_group()
+
+
+def _fulfil(future: "Future[T]", action: Callable[[], T]) -> None:
     try:
-        yield World(ranks, own, backend, store, timeout, number)
-    finally:
-        # DDP holds the group in C++. If it held the last reference, the group would end with Python's lock held and
-        # wait for a thread of gloo's that may be waiting for that very lock, to drop the tensors of the last sum.
-        _last_group[:] = [dist.group.WORLD]
-        dist.destroy_process_group()
+        future.set_result(action())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+@contextmanager
+def telling_others(ranks: Ranks, watch: Watch) -> Iterator[None]:
+    """Tell the other ranks how this one ends; an end that is no fault of this rank becomes one line and exit code 1."""
+    try:
+        yield
+    except (UserError, StopRequestedError):
+        raise
+    except (OutOfRangeError, RunDirTakenError) as error:
+        watch.say(str(error))
+        watch.last_words(f"raised {type(error).__name__}")
+        raise SystemExit(1) from None
+    except Exception as error:
+        if ranks.world_size > 1 and is_lost_peer(error):
+            reason = first_sentence(error)
+            watch.last_words(WAITED, lambda missing: watch.say(f"lost a peer: {missing} ({reason})"))
+            raise SystemExit(1) from None
+        watch.last_words(f"raised {type(error).__name__}")
+        raise
 
 
 def is_lost_peer(error: BaseException) -> bool:

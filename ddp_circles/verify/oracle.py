@@ -9,7 +9,7 @@ single flipped bit is seen even where rounding would hide it from the weights, t
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -101,7 +101,7 @@ def train_alone(
     world: World, workload: Workload, seed: int, trouble: Trouble, mark: Mark, run: str
 ) -> tuple[Run, Shares]:
     """Train in this rank, without a word to the others; `run` tells repetitions apart."""
-    alone = World(Ranks(), world.device, world.backend, world.store, world.timeout, world.number)
+    alone = replace(world, ranks=Ranks())
     model = make_model(workload, seed).to(world.device)
     return _train(alone, workload, seed, model, model, Witness(model, run, seed, trouble, mark))
 

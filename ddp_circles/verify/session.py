@@ -18,10 +18,10 @@ from typing import NoReturn
 
 from ddp_circles import cli
 from ddp_circles.config import flags_of
-from ddp_circles.errors import UserError
+from ddp_circles.errors import StopRequestedError, UserError
 from ddp_circles.exact import be_deterministic
 from ddp_circles.job.ranks import Ranks
-from ddp_circles.job.watch import NOBODY, WAITED, Watch
+from ddp_circles.job.watch import NOBODY, WAITED
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
 from ddp_circles.verify import collectives, oracle, speed, verdict
 from ddp_circles.verify.alarm import alarm
@@ -49,25 +49,27 @@ def verify(settings: Settings, ranks: Ranks) -> int:
         raise UserError(f"--inject names rank {fault.rank}, and the last rank of this world is {last}")
     trouble = Trouble(fault.kind if fault is not None and fault.rank == ranks.rank else None, settings.seed)
     device, backend, timeout = settings.device, settings.backend, settings.timeout
-    with Watch(ranks) as watch, open_world(ranks, device, backend, timeout, flags_of(settings)) as world:
-        watch.connect(world.store)
-        session = Session(settings, world, watch, trouble)
-        with alarm(watch, settings.timeout - LAST_WORDS_SECONDS, session.tell_end):
-            try:
-                return session.run()
-            except UserError:
-                raise
-            except Exception as error:
-                session.fail(error)
+    try:
+        with open_world(ranks, device, backend, timeout, flags_of(settings)) as world:
+            session = Session(settings, world, trouble)
+            with alarm(world.watch, settings.timeout - LAST_WORDS_SECONDS, session.tell_end):
+                try:
+                    return session.run()
+                except UserError:
+                    raise
+                except Exception as error:
+                    session.fail(error)
+    except StopRequestedError:  # in start-up; later, the alarm hears of it
+        return 1
 
 
 class Session:
     """The checks in their order. Rank 0 alone runs the methods named `judge`, with what all ranks found."""
 
-    def __init__(self, settings: Settings, world: World, watch: Watch, trouble: Trouble) -> None:
+    def __init__(self, settings: Settings, world: World, trouble: Trouble) -> None:
         self._settings = settings
         self._world = world
-        self._watch = watch
+        self._watch = world.watch
         self._trouble = trouble
         self._ranks = world.ranks
         self._size = world.ranks.world_size

@@ -1,4 +1,4 @@
-"""`launch/multi_node.sh`: several nodes without a scheduler, played by several agents on this machine."""
+"""Several nodes without a scheduler: `launch/multi_node.sh`, played by several agents on this machine, and pods."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.harness.ranks import free_port
-from tests.harness.runs import PLAIN, PROJECT, QUIET, Bits, Command, bits, finish
+from tests.harness.runs import PLAIN, PROJECT, QUIET, TRAINER, Bits, Command, bits, finish
 from tests.harness.training import EPOCHS, SETTINGS, STEPS_PER_EPOCH, epochs_done
 
 pytestmark = pytest.mark.timeout(300)
@@ -88,6 +88,28 @@ def test_with_a_range_of_nodes_the_others_go_on_without_one_that_is_gone(
     assert head.wait(240) == 0, head.output
     assert "1 rank" in head.output.partition("continue after step")[2], head.output
     assert bits(run_dir) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("names", "master"),
+    [
+        # each pod's own name means the loopback, as on many hosts: nobody could connect to gloo there
+        ("127.0.1.1 pod-0 pod-1\n198.51.100.1 head\n198.51.100.2 other", "head"),
+        # the first pod of an older Kubeflow is told localhost
+        pytest.param("198.51.100.1 pod-0\n198.51.100.2 pod-1", "kubeflow", marks=pytest.mark.thorough),
+    ],
+)
+def test_pods_with_a_network_each_train_as_nodes(names: str, master: str, tmp_path: Path, undisturbed: Bits) -> None:
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n{names}\n")
+    trainer = [sys.executable, *TRAINER, "--run-dir", tmp_path / "run", *QUIET, *SETTINGS]
+    choose = 'if [ "$RANK" = 0 ]; then MASTER_ADDR=localhost; else MASTER_ADDR=pod-0; fi'
+    words = ["bash", "-c", f'{choose}; export MASTER_ADDR; exec "$@"', "pod"] if master == "kubeflow" else []
+    variables = {"MASTER_ADDR": master, "MASTER_PORT": "23456", "KUBERNETES_SERVICE_HOST": "198.51.100.3"}
+    script = PROJECT / "tests/harness/programs/pods.sh"
+    with Command(tmp_path / "log", "bash", script, tmp_path / "hosts", *words, *trainer, variables=variables) as pods:
+        assert pods.wait(240) == 0, pods.output
+    assert "start: 2 ranks on 2 nodes (environment), cpu, gloo" in pods.output
+    assert bits(tmp_path / "run") == undisturbed
 
 
 @pytest.mark.parametrize(

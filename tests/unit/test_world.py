@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from ddp_circles.errors import UserError
 from ddp_circles.job import world as world_module
-from ddp_circles.job.ranks import Ranks, read_ranks
+from ddp_circles.job.ranks import Ranks, read_ranks, this_host
 from ddp_circles.job.world import is_lost_peer, open_world, pin_threads
 from tests.harness.ranks import Job, free_port, run_ranks
 
@@ -94,9 +93,9 @@ def test_torchrun_inside_a_slurm_step_wins() -> None:
     assert (ranks.rank, ranks.world_size, ranks.launcher, ranks.job_id) == (5, 8, "torchrun", "night")
 
 
-@pytest.mark.parametrize("run_id", ["none", "", None])
-def test_a_run_id_of_none_counts_as_missing(run_id: str | None) -> None:
-    environment = without(TORCHRUN, "TORCHELASTIC_RUN_ID") | ({} if run_id is None else {"TORCHELASTIC_RUN_ID": run_id})
+@pytest.mark.parametrize("run_id", ["none", ""])
+def test_a_run_id_of_none_counts_as_missing(run_id: str) -> None:
+    environment = TORCHRUN | {"TORCHELASTIC_RUN_ID": run_id}
     assert read_ranks(environment).job_id is None
     assert read_ranks(environment | SBATCH).job_id == "77"
 
@@ -178,6 +177,83 @@ def test_without_scontrol_the_error_names_master_addr(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="MASTER_ADDR"):
         read_ranks(without(SRUN, "MASTER_ADDR"))
+
+
+HAND = {"RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "head", "MASTER_PORT": "12345"}
+IN_POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+
+
+def test_variables_without_an_agent_are_no_launcher() -> None:
+    for extra in ({}, {"TORCHELASTIC_ERROR_FILE": "/tmp/left/by/another/job.json"}):
+        ranks = read_ranks(HAND | extra)
+        assert (ranks.rank, ranks.world_size, ranks.launcher, ranks.launched) == (2, 3, "environment", False)
+        assert (ranks.error_file, ranks.store_address, ranks.serves_store) == (None, ("head", 12345), False)
+    assert read_ranks(HAND | {"RANK": "0"}).serves_store
+
+
+def test_one_rank_by_hand_needs_no_port() -> None:
+    ranks = read_ranks({"RANK": "0", "WORLD_SIZE": "1"})
+    assert (ranks.world_size, ranks.store_address, ranks.launcher) == (1, None, "environment")
+
+
+@pytest.mark.parametrize(
+    ("given", "alone"),
+    [
+        ({}, False),
+        ({"MASTER_ADDR": "localhost"}, True),
+        ({"MASTER_ADDR": "127.0.0.1"}, True),
+        ({"MASTER_ADDR": "localhost"} | IN_POD, False),  # the first pod of an older Kubeflow
+        ({"MASTER_ADDR": "localhost", "LOCAL_WORLD_SIZE": "3"} | IN_POD, True),
+        ({"MASTER_ADDR": "localhost", "LOCAL_WORLD_SIZE": "1"}, False),
+        ({"LOCAL_WORLD_SIZE": "3"}, True),
+    ],
+)
+def test_a_store_by_hand_serves_beyond_this_machine_only_if_ranks_may_be_there(
+    given: dict[str, str], alone: bool
+) -> None:
+    ranks = read_ranks(HAND | given)
+    assert ranks.one_machine is alone
+    assert ranks.store_address is not None
+    assert not alone or ranks.store_address[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        # local rank, local world size, nodes, one machine of ranks 0, 1, 2
+        ("aaa", [(0, 3, 1, True), (1, 3, 1, True), (2, 3, 1, True)]),
+        ("abc", [(0, 1, 3, False)] * 3),
+        ("abb", [(0, 1, 2, False), (0, 2, 2, False), (1, 2, 2, False)]),
+        ("aba", [(0, 2, 2, False), (0, 1, 2, False), (1, 2, 2, False)]),
+    ],
+)
+def test_hosts_tell_what_variables_by_hand_do_not(hosts: str, expected: list[tuple[int, int, int, bool]]) -> None:
+    for rank, seat in enumerate(expected):
+        ranks = read_ranks(HAND | {"RANK": str(rank)}).on_hosts(hosts)
+        assert (ranks.local_rank, ranks.local_world_size, ranks.nodes, ranks.one_machine) == seat
+
+
+def test_a_launchers_word_on_nodes_and_local_ranks_counts_and_only_hosts_tell_of_one_machine() -> None:
+    assert read_ranks(HAND | {"LOCAL_RANK": "1"}).on_hosts("aaa").local_rank == 1
+    for environment, launcher in ((TORCHRUN, "torchrun"), (SRUN, "srun")):
+        told = read_ranks(environment)
+        apart, together = (told.on_hosts(hosts[: told.world_size]) for hosts in ("abababab", "aaaaaaaa"))
+        assert (apart.one_machine, together.one_machine, told.launcher) == (False, True, launcher)
+        for ranks in (apart, together):
+            assert (ranks.local_rank, ranks.local_world_size, ranks.nodes) == (
+                told.local_rank,
+                told.local_world_size,
+                told.nodes,
+            )
+
+
+def test_processes_of_one_machine_know_it_and_another_network_is_another_host() -> None:
+    assert set(run_ranks(this_host, 2)) == {this_host()}
+    show = "from ddp_circles.job.ranks import this_host; print(this_host())"
+    elsewhere = ["unshare", "--net", sys.executable, "-c", show]
+    other = subprocess.run(elsewhere, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    assert other
+    assert other != this_host()
 
 
 def test_sbatch_without_srun_is_one_process() -> None:
@@ -372,24 +448,6 @@ def gloo_interface() -> str:
 def test_gloo_uses_loopback_on_one_node_by_default() -> None:
     assert run_ranks(gloo_interface, 2) == ["lo", "lo"]
     assert run_ranks(gloo_interface, 1, environment={"GLOO_SOCKET_IFNAME": "lo,lo"}) == ["lo,lo"]
-
-
-def wait_for_missing_rank() -> tuple[float, str]:
-    started = time.monotonic()
-    with pytest.raises(ConnectionError) as refused, open_world(read_ranks(), "cpu", "gloo", 2, {}):
-        pass
-    assert is_lost_peer(refused.value)
-    return time.monotonic() - started, str(refused.value)
-
-
-def test_the_wait_for_a_missing_rank_is_bounded() -> None:
-    with Job(wait_for_missing_rank, 1, environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}) as job:
-        [outcome] = job.wait(60)
-    assert outcome.code == 0, outcome.output
-    seconds, message = outcome.value
-    assert seconds < 20
-    assert "rank 0 did not find the other 1 ranks" in message
-    assert "GLOO_SOCKET_IFNAME" in message
 
 
 def lose_peer() -> bool:
