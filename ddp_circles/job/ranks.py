@@ -60,7 +60,7 @@ class Ranks:
     one_machine: bool = True
     """True if all ranks are known to be on this machine, in one network namespace."""
     launcher: str = "one process"
-    """`torchrun`, `srun`, `mpirun`, `environment` for variables set by hand or by Kubernetes, or `one process`."""
+    """`torchrun`, `mpirun`, `srun`, `environment` for variables set by hand or by Kubernetes, or `one process`."""
     job_id: str | None = None
     """The launcher's name for the run, the same after a restart or requeue; None if it has none."""
     job: str = ""
@@ -110,7 +110,7 @@ class Ranks:
         """These ranks, given the host of each: whether they are on one machine, and what no launcher has told."""
         here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
         known = replace(self, one_machine=len(here) == self.world_size)
-        if self.launcher != "environment":
+        if self.launcher not in ("environment", "mpirun"):
             return known
         local_rank = here.index(self.rank) if self.local_rank is None else self.local_rank
         return replace(known, local_rank=local_rank, local_world_size=len(here), nodes=len(set(hosts)))
@@ -132,7 +132,7 @@ def spell_ranks(ranks: Iterable[int]) -> str:
 
 
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Find this process's ranks: RANK first, of torchrun or set by hand, then mpirun's, then the Slurm step's.
+    """Find this process's ranks: RANK first, of torchrun or set by hand, then mpirun's, the Slurm step's, one process.
 
     Raises `UserError` where the variables contradict each other.
     """
@@ -140,7 +140,7 @@ def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         return _torchrun_ranks(environment) if "TORCHELASTIC_RUN_ID" in environment else _given_ranks(environment)
     for names in MPI_VARIABLES:
         if environment.keys() >= set(names):  # in a Slurm job, the step's variables are those of mpirun's own helpers
-            return _mpi_ranks(environment, *names)
+            return _mpi_ranks(environment, names)
     if "WORLD_SIZE" in environment and environment.get("SLURM_STEP_NUM_TASKS") != environment["WORLD_SIZE"]:
         raise UserError("WORLD_SIZE is set without RANK: start with torchrun or srun, or unset WORLD_SIZE")
     if "SLURM_STEP_ID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
@@ -198,33 +198,6 @@ def _torchrun_ranks(environment: Mapping[str, str]) -> Ranks:
     )
 
 
-def _mpi_ranks(environment: Mapping[str, str], *names: str) -> Ranks:
-    rank, world_size, local_rank, local_world_size = (_number(environment, name) for name in names)
-    one_machine = local_world_size == world_size
-    if not one_machine and not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
-        raise UserError(
-            "mpirun does not say where the ranks of several nodes can meet: give all of them MASTER_ADDR, the first "
-            "node's name, and MASTER_PORT, a free port there (Open MPI: mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
-        )
-    job_id = environment.get("SLURM_JOB_ID") or None
-    job = environment.get("PMIX_NAMESPACE") or job_id or ""  # of Open MPI's jobs, each has a name
-    host = LOOPBACK if one_machine else environment["MASTER_ADDR"]
-    port = _number(environment, "MASTER_PORT", 20000 + crc32(job.encode()) % 20000)
-    return Ranks(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=local_world_size,
-        nodes=-(-world_size // max(1, local_world_size)),
-        one_machine=one_machine,
-        launcher="mpirun",
-        job_id=job_id,
-        job=f"mpirun's job {job} of {world_size} ranks",
-        launch=environment.get(LAUNCH_VARIABLE),
-        store_address=(host, port) if world_size > 1 else None,
-    )
-
-
 def _given_ranks(environment: Mapping[str, str]) -> Ranks:
     """Ranks without a launcher: by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and by LOCAL_* if they are given."""
     world_size = _number(environment, "WORLD_SIZE")
@@ -248,6 +221,22 @@ def _given_ranks(environment: Mapping[str, str]) -> Ranks:
         if world_size > 1
         else None,
     )
+
+
+def _mpi_ranks(environment: Mapping[str, str], names: Sequence[str]) -> Ranks:
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {ours: environment[theirs] for ours, theirs in zip(own, names, strict=True)}
+    # Open MPI has a name for each job, by which those of one machine meet apart.
+    job = environment.get("PMIX_NAMESPACE") or environment.get("SLURM_JOB_ID", "")
+    if given["WORLD_SIZE"] == given["LOCAL_WORLD_SIZE"]:
+        given["MASTER_PORT"] = environment.get("MASTER_PORT", str(20000 + crc32(job.encode()) % 20000))
+    elif not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
+        raise UserError(
+            "mpirun does not say where the ranks of several nodes can meet: give all of them MASTER_ADDR, the first "
+            "node's name, and MASTER_PORT, a free port there (Open MPI: mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
+        )
+    ranks = _given_ranks({**environment, **given})
+    return replace(ranks, launcher="mpirun", job=f"mpirun's job {job} of {ranks.world_size} ranks")
 
 
 def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
