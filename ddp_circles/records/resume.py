@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ddp_circles.errors import UserError
+from ddp_circles.errors import UserError, naming
 from ddp_circles.job.fingerprint import fingerprint
 from ddp_circles.job.world import World
 from ddp_circles.metrics import Progress, Tally
@@ -83,6 +83,7 @@ def open_run(
     marks, launches = _compare_ranks(world, settings)
     opened = RunDir(run_dir or Path("runs") / _run_name(world))
 
+    @naming(opened.path)
     def read() -> tuple[State, bool]:
         opened.open(at_end)
         state, warnings = opened.checkpoints.load_newest()

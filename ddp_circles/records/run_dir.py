@@ -70,13 +70,13 @@ class RunDir:
             with warnings.catch_warnings(action="ignore"):  # about a file system without locks, as below
                 at_end.enter_context(lock.acquire(timeout=LOCK_WAIT_SECONDS))
         except Timeout:
-            name = "another process"
+            holder = ""
             with contextlib.suppress(OSError):  # it may have just taken the lock, and not written its name yet
-                name = _name_in(read_text(self._holder, LONGEST)) or name
+                holder = read_text(self._holder, LONGEST)
             advice = "wait for it, or choose another"
             if isinstance(lock, SoftFileLock):  # in place of the other, where the file system knows no locks
                 advice += f"; if it no longer runs, remove {self.path / '.lock'}, which nobody else does here"
-            raise UserError(f"--run-dir {self.path} is in use by {name}: {advice}") from None
+            raise UserError(f"--run-dir {self.path} is in use by {_name_in(holder)}: {advice}") from None
         except OSError as error:
             raise FileError(error.errno, f"it cannot be locked: {error.strerror}", str(self.path / ".lock")) from None
 
@@ -152,6 +152,6 @@ def model_bytes(state: dict[str, Any]) -> bytes:
 
 
 def _name_in(holder: str) -> str:
-    """The process and host that the text of a holder's file names; empty if it is another file's."""
-    named = re.match(r"process \d+ on \S+\n", holder)
-    return visible(named[0].rstrip()) if named else ""
+    """The process and host in the text of a holder's file, if it is one."""
+    named = re.match(r"process \d+ on \S+", holder)
+    return visible(named[0]) if named else "another process"

@@ -174,7 +174,7 @@ def fail_and_resume(scene: Scene, number: int, seed: int, run_dir: Path) -> bool
     else:
         assert failed, first.output
         check_refusal(first, os.strerror(getattr(errno, failed[1])), run_dir)
-        gets_out = not fail.lasting or fail.error == errno.ENOSPC
+        gets_out = not fail.lasting or failed[1] == "ENOSPC"
         if scene.name == "new" and gets_out and (run_dir / "status").exists():
             assert status(run_dir) == "failed", first.output
     resume(scene, dice.choice(SIZES), run_dir)

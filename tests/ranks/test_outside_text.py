@@ -37,11 +37,11 @@ def train_impatiently(*flags: object) -> None:
 
 def test_the_holder_of_a_directory(tmp_path: Path) -> None:
     with FileLock(tmp_path / ".lock"):
-        (tmp_path / ".lock.holder").write_text(EVIL)
+        (tmp_path / ".lock.holder").write_text(f"process 7 on {EVIL}")
         with Job(train_impatiently, 2, "--run-dir", tmp_path, *QUIET, *TINY) as job:
             outcomes = job.wait(60)
     assert not [one for outcome in outcomes for one in control(outcome.output)]
-    assert r"is in use by \x1b]0;owned\x07\x1b[2J\u202eevil: wait for it" in outcomes[0].output
+    assert r"is in use by process 7 on \x1b]0;owned\x07\x1b[2J\u202eevil: wait for it" in outcomes[0].output
     assert "PASSED" not in outcomes[0].output
 
 
