@@ -28,9 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from benchmarks.peers import CONTENDERS, EXACT, FAST, FLOOR, TUTORIAL, Figures, Job, leave_group
+from ddp_circles.records.plots import COLOURS, INK, STYLE
 
 SPAWN = multiprocessing.get_context("spawn")
 RESULTS = Path(__file__).parent / "results"
@@ -282,22 +286,32 @@ def package_version(name: str) -> str | None:
         return None
 
 
+@style.context(STYLE, after_reset=True)
 def draw(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Draw one panel per number of ranks: a bar for each median, a point for each round."""
-    figure = Figure(figsize=(10, 1.2 + 2.8 * len(results)), layout="constrained")
-    axes = figure.subplots(len(results), 1, squeeze=False)[:, 0]
+    """Draw one panel per number of ranks, on one scale: a bar for each median, a point for each round."""
+    figure = Figure(figsize=(11, 1.2 + 3.2 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), 1, squeeze=False, sharex=True)[:, 0]
     for axis, (ranks, summary) in zip(axes, results.items(), strict=True):
-        names = list(summary)[::-1]
-        medians = [summary[name]["microseconds"]["median"] for name in names]
-        colours = ["tab:blue" if name.startswith((FAST, EXACT)) else "tab:gray" for name in names]
-        axis.barh([CONTENDERS[name].label for name in names], medians, color=colours, alpha=0.6)
-        for row, name in enumerate(names):
+        for row, name in enumerate(summary):
+            colour = COLOURS[0] if name.startswith((FAST, EXACT)) else "#999999"
             rounds = [timing["microseconds"] for timing in summary[name]["rounds"]]
-            axis.plot(rounds, [row] * len(rounds), "k.", markersize=3)
-        axis.set_xlim(0, 1.6 * max(medians))
-        axis.set_title(f"{ranks} rank{'s' * (ranks != '1')}")
-        axis.set_xlabel("microseconds per step (bar: median, points: rounds)")
-    figure.savefig(path, dpi=120)
+            axis.barh(row, summary[name]["microseconds"]["median"], color=colour, alpha=0.55)
+            axis.plot(rounds, [row] * len(rounds), "o", color=INK, markersize=3.5, alpha=0.7)
+        axis.set_yticks(range(len(summary)), [CONTENDERS[name].label for name in summary])
+        axis.tick_params(axis="y", length=0)
+        axis.invert_yaxis()
+        axis.set_title(f"Time per step on {ranks} rank{'s' * (ranks != '1')}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(visible=True, axis="x")
+    axes[-1].set(xlabel="Microseconds per step (less is better)", xlim=(0, None))
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+    handles = [
+        Patch(color=COLOURS[0], alpha=0.55, label="this package, median"),
+        Patch(color="#999999", alpha=0.55, label="others, median"),
+        Line2D([], [], color=INK, marker="o", markersize=3.5, linestyle="none", label="one round"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.savefig(path)
 
 
 def parse() -> argparse.Namespace:

@@ -22,14 +22,18 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil, floor, log
 from pathlib import Path
 from typing import Any
 
 import psutil
+from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.throughput import RESULTS, SPAWN, Spread, circumstances, quiet
 from ddp_circles import Config, fit
+from ddp_circles.records.plots import COLOURS, STYLE
 from ddp_circles.records.recorder import Recorder
 
 QUIET = ("--device", "cpu", "--wandb", "disabled", "--no-plots", "--log-every", "1000000")
@@ -184,20 +188,28 @@ def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"points": points}
 
 
+@style.context(STYLE, after_reset=True)
 def draw_samples(points: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw time per epoch and memory against the number of samples."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, name, label in zip(
-        figure.subplots(1, 2),
-        ("epoch_seconds", "mebibytes"),
-        ("seconds per epoch (training and evaluation)", "MiB, peak of both ranks together"),
-        strict=True,
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    samples = [point["samples"] for point in points]
+    seconds = [point["epoch_seconds"] for point in points]
+    gibibytes = [point["mebibytes"] / 1024 for point in points]
+    for axis, values, base, title, label in (
+        (axes[0], seconds, 10, "Time per epoch, training and evaluation", "Seconds"),
+        (axes[1], gibibytes, 2, "Peak memory of two ranks and launcher", "GiB"),
     ):
-        axis.loglog([point["samples"] for point in points], [point[name] for point in points], "o-")
-        axis.set_xlabel("samples")
-        axis.set_ylabel(label)
-        axis.grid(visible=True, alpha=0.3)
-    figure.savefig(path, dpi=120)
+        axis.plot(samples, values, "o-", color=COLOURS[0])
+        axis.set_xscale("log")
+        axis.set_yscale("log", base=base)
+        axis.set_ylim(base ** floor(log(min(values), base)), base ** ceil(log(max(values), base)))
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set(title=title, xlabel="Samples", ylabel=label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(visible=True)
+    figure.savefig(path)
 
 
 # ---- records

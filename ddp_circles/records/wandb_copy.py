@@ -23,8 +23,8 @@ from ddp_circles.terminal import open_streams, visible, visible_lines
 
 LOCK_SECONDS = 30.0
 """Longest wait for an earlier copy to end; longer than `ORPHAN_SECONDS`."""
-ORPHAN_SECONDS = 5.0
-"""Time that this program outlives the training that started it."""
+ORPHAN_SECONDS = 20.0
+"""Longest time that this program outlives the training that started it, to copy what there is."""
 DESCRIPTION = """Copy a run to Weights & Biases from the files in its run directory: every epoch once and, if the run is
 finished, its summary, pictures and model. Runs trained offline or with --wandb disabled can be uploaded this way later,
 under the project and run id they were given when they began."""

@@ -84,9 +84,9 @@ class Tracked:
         (self.folder / "summary.json").write_text(json.dumps(summary))
         self._end("finished", 60)
 
-    def stop(self) -> None:
-        """End as a run that was stopped."""
-        self._end("stopped", 3)
+    def stop(self, seconds: float = 60) -> None:
+        """End as a run that was stopped; its copy has `seconds`, more than from a trainer, to end on a busy machine."""
+        self._end("stopped", seconds)
 
     def _end(self, word: str, seconds: float) -> None:
         self._set_status(word)
@@ -116,7 +116,7 @@ def processes_at(home: Path) -> list[str]:
     ]
 
 
-def wait_until_none_at(home: Path, seconds: float = 15) -> None:
+def wait_until_none_at(home: Path, seconds: float = 60) -> None:
     """Wait until no process is left that has `home` for a home."""
     wait_until(lambda: not processes_at(home), seconds)
 

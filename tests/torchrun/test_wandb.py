@@ -66,7 +66,7 @@ def test_three_kills_and_other_sizes_leave_one_folder_with_each_epoch_once(tmp_p
             wait_until(lambda: len(lines(run_dir)) > more and bool(folders_of(run_dir) - folders), 100)  # noqa: B023
             job.signal(signal.SIGKILL, 0)
         folders |= folders_of(run_dir)
-    wait_until_none_at(home, 15)
+    wait_until_none_at(home)
     assert epochs(run_dir) == [line["epoch"] for line in lines(run_dir)]
     total = len(lines(run_dir)) + 20
     with start(2, run_dir, *flags, f"--epochs={total}", variables={"HOME": str(home)}) as job:
@@ -118,7 +118,7 @@ def test_a_server_that_is_down_costs_a_warning(tmp_path: Path, server: str) -> N
             listener.close()
         started = time.monotonic()
         said = train(tmp_path, "--wandb=auto", WANDB_API_KEY=KEY, WANDB_BASE_URL=address)
-        assert time.monotonic() - started < 60
+        assert time.monotonic() - started < 150
     (warning,) = warnings_in(said)
     assert "Weights & Biases is left out" in warning
     assert KEY not in said
