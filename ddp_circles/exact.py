@@ -18,7 +18,6 @@ the same collective.
 
 # DistributedDataParallel compares the annotation objects of its hook: no postponed annotations in this module.
 
-import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -41,16 +40,6 @@ WAITING_ELEMENTS = 2**22
 """Most gradient elements that wait to be rounded together; those of one micro-batch always may."""
 LOSS_SCALE = torch.tensor(2.0 ** (LOSS_BITS - GRADIENT_BITS))
 """Turns units of losses and metrics into those of gradients, so that all are rounded and range-checked together."""
-
-
-def be_deterministic() -> None:
-    """Choose deterministic kernels and full float32 products, for the whole process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_deterministic_debug_mode("error")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
 
 
 Pass = tuple[nn.Module, AbstractContextManager[object]]

@@ -4,8 +4,8 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,18 +18,18 @@ from torch.optim import Optimizer
 
 from ddp_circles import loop
 from ddp_circles.config import Config, flags_of, in_arguments, naming_arguments
-from ddp_circles.contract import TOLERANCE, check_data, check_metrics, check_model, check_training
-from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
+from ddp_circles.data import Split
 from ddp_circles.errors import EXIT_STOPPED, StopRequestedError, UserError
-from ddp_circles.exact import ExactReducer, be_deterministic
+from ddp_circles.exact import ExactReducer
 from ddp_circles.fast import FastReducer
+from ddp_circles.intake import Intake, share_points, take_in
 from ddp_circles.job.faults import Fault, Rehearsal
-from ddp_circles.job.ranks import how_to_continue, read_ranks, spell_ranks
+from ddp_circles.job.process import be_deterministic, pin_threads, process_as_found
+from ddp_circles.job.ranks import how_to_continue, read_ranks
 from ddp_circles.job.stop import stop_requested
-from ddp_circles.job.world import World, open_world, pin_threads, telling_others
-from ddp_circles.memory import require_memory
+from ddp_circles.job.world import World, open_world, telling_others
 from ddp_circles.metrics import LocalTally, Metric, Progress
-from ddp_circles.models import Classifier, class_count, loss_sum, state_of
+from ddp_circles.models import state_of
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
@@ -76,7 +76,7 @@ def fit(
     code of the contract, and when another rank is lost. The process is left as it was found.
     """
     open_streams()
-    with stop_requested.listening(), naming_arguments(), _process_as_found():
+    with stop_requested.listening(), naming_arguments(), process_as_found():
         if not isinstance(config, Config):
             raise UserError(f"fit() takes a Config first, got {type(config).__name__}")
         ranks = read_ranks()
@@ -87,33 +87,25 @@ def fit(
                 ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
                 telling_others(world.ranks, world.watch, in_arguments),
             ):
-                return _fit_in_world(config, world, at_end, model, data, loss, metrics)
+                if config.reduction == "exact":
+                    be_deterministic()  # before anything is computed, the fingerprint too
+                given = take_in(config, world, model, data, loss, metrics)
+                return _fit_in_world(config, world, at_end, given)
         except StopRequestedError:
             # These two kill the other ranks over any other code, rank 0 while it still writes among them.
             raise SystemExit(0 if ranks.launcher in ("torchrun", "mpirun") else EXIT_STOPPED) from None
 
 
-def _fit_in_world(
-    config: Config,
-    world: World,
-    at_end: ExitStack,
-    model: nn.Module | None,
-    data: Split | None,
-    loss: loop.LossFunction | None,
-    metrics: Mapping[str, Metric] | None,
-) -> Result:
+def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake) -> Result:
     """Train in an open world; `at_end` is told what to close."""
-    exact = config.reduction == "exact"
-    if exact:
-        be_deterministic()  # before anything is computed, the fingerprint too
-    bare, split, metrics, own_data, accuracy = _take_in(config, world, model, data, loss, metrics)
+    bare = given.model
     fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
         at_end,
         run_dir=config.run_dir,
         resume=config.resume,
-        settings=config.lasting | {"data": own_data or None, "metrics": tuple(metrics)},
+        settings=config.lasting | {"data": given.data_digest, "metrics": tuple(given.metrics)},
         epochs=config.epochs,
         fault_rank=fault.rank if fault else None,
     )
@@ -123,10 +115,12 @@ def _fit_in_world(
         line = f"{path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on"
         world.say(in_arguments(line))
         return Result(bare, found.state["metrics"], path, world.ranks.is_main)
-    split = split or _make_points(config, world).to(world.device)
+    split = given.split or share_points(config, world).to(world.device)
 
     optimizer = OPTIMIZERS[config.optimizer](bare.parameters(), lr=config.lr, fused=True)
-    tally = LocalTally(world.device, metrics=metrics, accuracy=accuracy, exact=exact)
+    tally = LocalTally(
+        world.device, metrics=given.metrics, accuracy=given.has_accuracy, exact=config.reduction == "exact"
+    )
     samples = len(split.train.inputs)
     recorder = Recorder(
         watch=world.watch,
@@ -143,7 +137,7 @@ def _fit_in_world(
     training = loop.Training(
         model=bare,
         optimizer=optimizer,
-        loss=loss or loss_sum,
+        loss=given.loss,
         reducer=_make_reducer(config, world, bare, tally),
         tally=tally,
         world=world,
@@ -172,117 +166,11 @@ def _fit_in_world(
         world.say(f"stopped after step {recorder.describe_stop(progress)}; to continue: {again}")
         raise
     figures = recorder.metrics
-    tested = ", ".join(f"{name} {figures[f'test/{name}']:.5f}" for name in ("loss", *metrics))
-    if accuracy:
+    tested = ", ".join(f"{name} {figures[f'test/{name}']:.5f}" for name in ("loss", *given.metrics))
+    if given.has_accuracy:
         tested = f"accuracy {figures['test/accuracy']:.2%}"
     world.say(f"finished: test {tested}, files in {path}")
     return Result(bare, recorder.metrics, path, world.ranks.is_main)
-
-
-def _take_in(
-    config: Config,
-    world: World,
-    model: nn.Module | None,
-    data: Split | None,
-    loss: loop.LossFunction | None,
-    metrics: Mapping[str, Metric] | None,
-) -> tuple[nn.Module, Split | None, dict[str, Metric], str, bool]:
-    """Check what the caller of `fit` has brought, alike on all ranks, before anything is written.
-
-    Returns the model; the samples, None if they are still to be made; the metrics; the digest of the caller's data,
-    empty without; and True if accuracy means something. Raises the same `UserError` on all ranks.
-    """
-    # Each rank checks what it was given, and all raise what one finds.
-    split = world.together(lambda: check_data(data) if data is not None else None)
-    named = world.together(partial(check_metrics, metrics))
-    bare = world.together(partial(_make_model, config, world, model)).to(world.device)
-    own_data = split.digest() if split is not None else ""
-    world.check_alike(
-        {
-            "data": own_data,
-            "loss= or none": str(loss is not None),
-            "metrics": " ".join(named),
-            "layers": str([(name, type(layer).__qualname__) for name, layer in bare.named_modules()]),
-            "initial parameters and buffers": digest([*bare.parameters(), *bare.buffers()]),
-        }
-    )
-    accuracy, exact = True, config.reduction == "exact"
-    if any(part is not None for part in (model, data, loss, metrics)):
-        split = (split or _make_points(config, world)).to(world.device)
-        check = partial(
-            check_training,
-            exact=exact,
-            micro_batches=config.micro_batches if exact else world.ranks.world_size,
-            batch_size=config.batch_size,
-            ranks=world.ranks.world_size,
-        )
-        given = split.train.inputs.dtype
-        split, accuracy, tried = world.together(partial(check, bare, split, loss, named))
-        if (taken := split.train.inputs.dtype) != given:
-            world.say(f"the inputs of data= are converted from {given} to {taken}, as the parameters are")
-        _compare_tries(world, tried)
-    return bare, split, named, own_data, accuracy
-
-
-def _compare_tries(world: World, tried: dict[str, float]) -> None:
-    """Raise the same `UserError` on all ranks if one computes something else from the same samples."""
-    everyone = world.gather(tried)
-    for what in tried:
-        values = [other[what] for other in everyone]
-        odd = [rank for rank, value in enumerate(values) if abs(value - values[0]) > TOLERANCE * abs(values[0])]
-        if odd:
-            raise UserError(
-                f"{what} is {values[0]:g} on rank 0 and {values[odd[0]]:g} on {spell_ranks(odd)}, from the same "
-                "samples: give every rank the same model=, loss= and metrics="
-            )
-
-
-def _make_points(config: Config, world: World) -> Split:
-    """The configuration's points on every rank."""
-    if config.n_samples < CACHED_FROM:
-        # Rank 0 hands a small set round: the others need not import scikit-learn, which takes longer than the points.
-        parts = world.on_rank_0(lambda: [part for share in make_points(**config.points) for part in share])
-        return Split(Dataset(*parts[:2]), Dataset(*parts[2:]))
-    split, made = world.together(partial(cached_points, **config.points))
-    everyone = world.gather((world.ranks.name, made))
-    if odd := [name for name, other in everyone if other != everyone[0][1]]:
-        raise UserError(
-            f"{odd[0]} has made other points than {everyone[0][0]} from the same settings: the nodes need the same "
-            "versions of scikit-learn, numpy and safetensors"
-        )
-    return split
-
-
-def _make_model(config: Config, world: World, model: nn.Module | None) -> nn.Module:
-    if model is None:
-        make = partial(Classifier, 2, config.hidden, config.activation, class_count(config.dataset))
-        with torch.device("meta"):
-            _check_memory(config, world, make())
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-            torch.default_generator.manual_seed(config.seed)  # directly before the model is built, as in the tutorial
-            model = make()
-    check_model(model, exact=config.reduction == "exact")
-    return model
-
-
-def _check_memory(config: Config, world: World, model: nn.Module) -> None:
-    """Refuse a configuration that surely needs more memory than there is, for its weights and its activations."""
-    exact, ranks = config.reduction == "exact", world.ranks
-    of_a_weight = 4 + 4 + (8 if config.optimizer == "adam" else 0) + (16 if exact else 0)  # with all that follows it
-    samples = config.n_samples * (1 - config.test_fraction)
-    rows = min(config.batch_size or samples, samples) / (config.micro_batches if exact else ranks.world_size)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    needed = weights * of_a_weight + rows * sum(config.hidden) * 4
-    try:
-        if world.device.type == "cuda":
-            require_memory(needed, torch.cuda.mem_get_info(world.device)[1])
-        else:
-            require_memory(needed * ranks.local_world_size)
-    except MemoryError as error:
-        raise UserError(
-            f"--hidden needs more memory than there is ({error}): use narrower layers, a smaller --batch-size or "
-            "fewer ranks on this machine"
-        ) from None
 
 
 def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> ExactReducer | FastReducer:
@@ -373,36 +261,3 @@ def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-
-
-@contextmanager
-def _process_as_found() -> Iterator[None]:
-    """Put back, however the body ends, what a training changes in its process."""
-    names = (
-        "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG",
-        "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
-    )  # fmt: skip
-    variables = {name: os.environ.get(name) for name in names}
-    cudnn: Any = torch.backends.cudnn
-    deterministic: Any = torch.utils.deterministic
-    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    fills, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
-    tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
-    hook = sys.excepthook
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, UserError):
-            hook = sys.excepthook  # the process group's own: it labels the traceback with the rank
-        raise
-    finally:
-        sys.excepthook = hook
-        for name, value in variables.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        torch.set_num_threads(threads)
-        torch.set_deterministic_debug_mode(mode)
-        deterministic.fill_uninitialized_memory = fills
-        torch.set_float32_matmul_precision(precision)
-        cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark

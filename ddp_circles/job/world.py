@@ -24,7 +24,7 @@ from torch._C._distributed_c10d import Store
 from ddp_circles.errors import FileError, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
 from ddp_circles.job.cards import default_cards
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
-from ddp_circles.job.ranks import Ranks, set_thread_variables, spell_ranks, this_host
+from ddp_circles.job.ranks import Ranks, spell_ranks, this_host
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.store import open_store
 from ddp_circles.job.watch import STORE_SECONDS, WAITED, Watch, waiting
@@ -50,12 +50,6 @@ T = TypeVar("T")
 _world_numbers = itertools.count()
 _last_group: list[Any] = []
 """The last process group that was closed, so that it outlives the models wrapped for it."""
-
-
-def pin_threads(threads: int) -> None:
-    """Use `threads` CPU threads in this rank, however it was started."""
-    set_thread_variables(threads)
-    torch.set_num_threads(threads)
 
 
 def _share(store: Store, ranks: Ranks, name: str, own: object, decide: Callable[[list[Any]], object]) -> Any:

@@ -19,10 +19,10 @@ from typing import NoReturn
 from ddp_circles import cli
 from ddp_circles.config import flags_of
 from ddp_circles.errors import StopRequestedError, UserError
-from ddp_circles.exact import be_deterministic
+from ddp_circles.job.process import be_deterministic, pin_threads
 from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.watch import NOBODY, WAITED
-from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world, pin_threads
+from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world
 from ddp_circles.verify import collectives, oracle, speed, verdict
 from ddp_circles.verify.alarm import alarm
 from ddp_circles.verify.board import Board

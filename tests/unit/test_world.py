@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from ddp_circles.errors import UserError
 from ddp_circles.job import world as world_module
+from ddp_circles.job.process import pin_threads
 from ddp_circles.job.ranks import Ranks, read_ranks, this_host
-from ddp_circles.job.world import is_lost_peer, open_world, pin_threads
+from ddp_circles.job.world import is_lost_peer, open_world
 from tests.harness.ranks import Job, free_port, run_ranks
 
 TORCHRUN = {

@@ -1,0 +1,61 @@
+"""What a training changes in its process, and puts back at its end: threads, kernels, variables."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ddp_circles.errors import UserError
+from ddp_circles.job.ranks import set_thread_variables
+
+
+def pin_threads(threads: int) -> None:
+    """Use `threads` CPU threads in this rank, however it was started."""
+    set_thread_variables(threads)
+    torch.set_num_threads(threads)
+
+
+def be_deterministic() -> None:
+    """Choose deterministic kernels and full float32 products, for the whole process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def process_as_found() -> Iterator[None]:
+    """Put back, however the body ends, what a training changes in its process."""
+    names = (
+        "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG",
+        "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
+    )  # fmt: skip
+    variables = {name: os.environ.get(name) for name in names}
+    cudnn: Any = torch.backends.cudnn
+    deterministic: Any = torch.utils.deterministic
+    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
+    fills, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
+    tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    hook = sys.excepthook
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            hook = sys.excepthook  # the process group's own: it labels the traceback with the rank
+        raise
+    finally:
+        sys.excepthook = hook
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        torch.set_num_threads(threads)
+        torch.set_deterministic_debug_mode(mode)
+        deterministic.fill_uninitialized_memory = fills
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
