@@ -27,6 +27,7 @@ class Console:
         terminal = _Terminal(stderr=True)
         self.watched = sys.stderr.isatty() and not terminal.is_dumb_terminal
         """True if there is a bar."""
+        terminal.quiet = not self.watched
         self._bar = Progress(
             TextColumn("epoch"),
             MofNCompleteColumn(),

@@ -77,8 +77,8 @@ def draw_decision_boundary(model: nn.Module, split: Split, path: Path) -> None:
     `model` maps float32 [n, 2] to logits, [n] for two classes or [n, classes]; a copy on the CPU is evaluated, so that
     it stays as it is. Each place has the colour of its predicted class, paler where the probability is lower; each
     point a darker shade of its true class's, and a ring if it is misclassified. The accuracies are over all points; of
-    many points a fixed random sample is drawn. Raises `OSError` if `path` cannot be
-    written. Source: the tutorial's `plot_decision_boundary`.
+    many points a fixed random sample is drawn. Raises `OSError` if `path` cannot be written. Source: the tutorial's
+    `plot_decision_boundary`.
     """
     model = copy.deepcopy(model).cpu().eval()
     split = Split(*(samples.to(torch.device("cpu")) for samples in split))

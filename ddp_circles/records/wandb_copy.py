@@ -74,7 +74,7 @@ def _copy(run_dir: Path, wanted: str, trainer: int | None) -> None:
 
     wandb_folder(run_dir).mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(wandb_folder(run_dir) / f".{run['run_id']}.lock", timeout=LOCK_SECONDS):
+        with FileLock(run_dir / ".wandb.lock", timeout=LOCK_SECONDS):
             copy_run(run_dir, mode=mode, run_id=run["run_id"], config=run["config"], trainer=trainer)
     except Timeout:
         raise UserError(f"{run_dir} is being copied by another process: wait for it") from None

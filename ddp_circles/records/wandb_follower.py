@@ -180,7 +180,7 @@ def _has_wandb_credentials(settings: dict[str, str]) -> bool:
         return True
     server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
     for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
-        with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        with contextlib.suppress(OSError, netrc.NetrcParseError, ValueError):
             login = netrc.netrc(expanded(name)).authenticators(urlsplit(server).netloc)
             return login is not None and bool(login[2])
     return False

@@ -100,6 +100,7 @@ def test_run_ids_are_short_and_differ() -> None:
         ("auto", {}, {".netrc": f"machine api.wandb.ai login user password {KEY}"}, "online"),
         ("auto", {}, {".netrc": f"machine example.org login user password {KEY}"}, "offline"),
         ("auto", {"WANDB_BASE_URL": "http://example.org"}, {".netrc": f"machine example.org password {KEY}"}, "online"),
+        ("auto", {"WANDB_BASE_URL": "http://[bad"}, {".netrc": f"machine bad login user password {KEY}"}, "offline"),
         ("auto", {"NETRC": "~/other"}, {"other": f"machine api.wandb.ai password {KEY}"}, "online"),
         ("auto", {}, {".netrc": "damaged in \0 many ways"}, "offline"),
         ("auto", {}, {".config/wandb/settings": f"[default]\napi_key = {KEY}"}, "online"),
