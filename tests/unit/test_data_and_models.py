@@ -20,7 +20,7 @@ from sklearn.datasets import make_blobs, make_circles, make_moons
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ddp_circles import Config, data, fit, memory, points, run
+from ddp_circles import Config, data, fit, intake, memory, points
 from ddp_circles.data import Split, make_points
 from ddp_circles.errors import UserError
 from ddp_circles.models import Classifier, class_count, correct_count, labels_of, loss_sum, probabilities_of
@@ -229,7 +229,7 @@ def test_what_is_stored_is_what_was_asked_for(
 def fit_on_two_nodes(folder: Path, odd_rank: int | None) -> str:
     """Train with a cache for each rank, as on a node of its own; `odd_rank` makes other points."""
     rank = int(os.environ["RANK"])
-    run.CACHED_FROM = data.CACHED_FROM = 1  # type: ignore[attr-defined]
+    intake.CACHED_FROM = data.CACHED_FROM = 1  # type: ignore[attr-defined]
     tempfile.tempdir = str(folder / str(rank))
     Path(tempfile.tempdir).mkdir()
     if rank == odd_rank:
