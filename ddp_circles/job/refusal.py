@@ -36,8 +36,9 @@ def end_job(ranks: Ranks) -> None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and not stop_requested():
         time.sleep(0.05)
-    if asks and not stop_requested() and _catches_sigterm(parent_at_start()):
-        os.kill(parent_at_start(), signal.SIGTERM)
+    parent = parent_at_start()
+    if asks and not stop_requested() and os.getppid() == parent and _catches_sigterm(parent):
+        os.kill(parent, signal.SIGTERM)
 
 
 def _catches_sigterm(pid: int) -> bool:
