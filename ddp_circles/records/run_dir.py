@@ -100,19 +100,25 @@ class RunDir:
     @property
     def status(self) -> str | None:
         """The word in the file `status`; None where there is none of a run's."""
-        with contextlib.suppress(OSError):
+        try:
             word = read_text(self.path / "status", LONGEST).strip()
-            return word if word in get_args(Status) else None
-        return None
+        except FileNotFoundError:
+            return None
+        except FileError as error:
+            if error.errno not in (errno.EFBIG, errno.EILSEQ):  # those are of other content
+                raise
+            return None
+        return word if word in get_args(Status) else None
 
     def set_status(self, status: Status) -> None:
         """Write the state of the run, one word; over the old one where there is no space for a new file."""
-        word = f"{status}\n"
+        self.check()
+        file, word = self.path / "status", f"{status}\n".encode()
         try:
-            self.write("status", word)
+            write_atomically(file, word)
         except FileError as error:
             try:
-                overwrite(self.path / "status", word.encode())
+                overwrite(file, word)
             except OSError:  # the first error is the one to tell
                 raise error from None
 
@@ -131,13 +137,8 @@ class RunDir:
     def clear(self) -> None:
         """Delete what an earlier run left, so that a new one starts from nothing."""
         self.set_status("running")  # first, lest a finished run's word stays where its results are gone
-        for stale in (
-            *self.checkpoints.files(),
-            self.metrics,
-            self.model,
-            self.path / "summary.json",
-            self.path / "fault",
-        ):
+        results = (self.metrics, self.model, self.path / "summary.json", self.path / "fault")
+        for stale in (*self.checkpoints.files(), *results):
             with naming(stale):
                 stale.unlink(missing_ok=True)
 

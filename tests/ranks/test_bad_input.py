@@ -121,6 +121,12 @@ def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "plots"])
+def test_something_else_in_the_place_of_a_file_is_named_once(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    check(refused(*QUIET, "--run-dir", tmp_path), str(tmp_path / name))
+
+
 def test_a_fault_outside_the_world_is_named_once(tmp_path: Path) -> None:
     check(refused(*QUIET, "--run-dir", tmp_path, "--fault", "raise@3:0"), "--fault")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ddp_circles.records import run_dir as run_dirs
-from ddp_circles.records.checkpoint import Checkpoints
+from ddp_circles.records.checkpoint import Checkpoints, State, encode
 from ddp_circles.records.recorder import Recorder
 from tests.harness.ranks import Job, Outcome
 from tests.harness.runs import (
@@ -240,6 +240,25 @@ def test_without_a_good_checkpoint_nothing_starts_over_by_itself(tmp_path: Path)
         assert (second.code, second.output) == (2, "")
     assert metrics(tmp_path) == rows
     assert not (tmp_path / "checkpoints" / "trap").exists()
+
+
+OTHER: dict[int, tuple[State, str]] = {
+    1: ({"version": 2}, "another version of this package wrote it (its form is 2, not 1); no good checkpoint is left"),
+    2: ({"optimizer": {"state": {}, "param_groups": []}}, "holds a run with another optimizer"),
+    3: ({"optimizer": {}}, "holds a run with another optimizer"),
+}
+
+
+@pytest.mark.parametrize("size", OTHER)
+def test_a_whole_checkpoint_of_something_else_is_refused(tmp_path: Path, alone: Bits, size: int) -> None:
+    kill_at(17, 1, tmp_path, 4)
+    newest, *_ = Checkpoints(tmp_path / "checkpoints").files()
+    changes, said = OTHER[size]
+    newest.write_bytes(encode(newest_state(tmp_path) | changes))
+    first, *others = run(size, tmp_path, *TINY)
+    assert_refused(first, said)
+    assert [(other.code, other.output) for other in others] == [(2, "")] * (size - 1)
+    assert finish(size, tmp_path, *TINY, "--resume=never") == alone
 
 
 METRICS_DAMAGE: dict[int, tuple[Callable[[bytes], bytes], str]] = {

@@ -400,6 +400,11 @@ def test_a_word_is_written_over_the_old_one_where_there_is_no_space(
         (tmp_path / "status").unlink()
         with pytest.raises(FileError, match="status: No space left on device"):
             run_dir.set_status("failed")
+        (tmp_path / "status").write_text("running\n")
+        lose(tmp_path, "taken")
+        with pytest.raises(RunDirTakenError):
+            run_dir.set_status("failed")
+        assert (tmp_path / "status").read_text() == "running\n"
 
 
 def test_a_directory_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
