@@ -66,6 +66,10 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # With --resume never: discard old results at the first start only, not whenever a node joins or leaves.
 export DDP_CIRCLES_START="$HOSTNAME-$$-$EPOCHSECONDS"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun's default, without its warning; --threads overrides it
+# For the message of a stop.
+printf -v DDP_CIRCLES_COMMAND ' %q' "$0" --nodes "$nodes" --head "$head" --id "$id" --ranks "$ranks" \
+    --max-restarts "$max_restarts"
+export DDP_CIRCLES_COMMAND="bash$DDP_CIRCLES_COMMAND --"
 
 rendezvous=bounded # c10d, but it does not outlive its ranks
 [[ $nodes != 1 ]] || rendezvous=loopback # no other machine can connect
