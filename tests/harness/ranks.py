@@ -37,6 +37,7 @@ LAUNCHER_VARIABLES = (
     "GROUP_",
     "WANDB_",
     "DDP_CIRCLES_",
+    "KUBERNETES_SERVICE_",
 )
 
 
