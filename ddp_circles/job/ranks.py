@@ -121,6 +121,7 @@ def this_host() -> str:
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # /proc may be hidden
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
         parts.append(str(Path("/proc/self/ns/net").readlink()))
     return " ".join(parts)
 

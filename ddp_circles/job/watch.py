@@ -150,9 +150,8 @@ class Watch:
                 tell(missing)
 
         def give_up() -> None:
-            holder = "the launcher" if self._ranks.store_is_the_agents else "rank 0"
             try:
-                tell_once(f"{holder}, which holds the job's store and does not answer")
+                tell_once(self._silent_holder())
             finally:
                 self._end_process("the store of the job does not answer")
 
@@ -180,6 +179,10 @@ class Watch:
                 self._store.compare_set("verdict", "", self._describe(self._ranks.rank, word))
             self._store.set("failed", str(self._ranks.rank))
 
+    def _silent_holder(self) -> str:
+        holder = "the launcher" if self._ranks.store_is_the_agents else "rank 0"
+        return f"{holder}, which holds the job's store and does not answer"
+
     def _linger(self) -> None:
         """Give the others time to read the store, which goes down with this process."""
         with contextlib.suppress(RuntimeError):
@@ -191,7 +194,7 @@ class Watch:
         The others wait for its verdict, in bounded time: if each looked at all, a large job would swamp the store.
         """
         if self._others and not self._connected:
-            return self._describe_all(self.absent(), {})
+            return self._silent_holder()
         store = self._store
         try:
             deadline = time.monotonic() + 2 * WITNESS_SECONDS * (store.add("witnesses", 1) > 1)

@@ -34,8 +34,8 @@ from ddp_circles.terminal import say
 CONNECTING = "connect"
 """The phase in which the ranks, which have met at the store, open connections to each other."""
 CARD_ADVICE = (
-    "; if the nodes have several network cards, name the one they share in GLOO_SOCKET_IFNAME, or for nccl in "
-    "NCCL_SOCKET_IFNAME"
+    "if the nodes have several network cards, name the one they share in GLOO_SOCKET_IFNAME or, for nccl, in "
+    "NCCL_SOCKET_IFNAME: "
 )
 LOOK_SECONDS = 0.1
 PATIENCE_SECONDS = 10.0
@@ -220,7 +220,7 @@ def _join(
     return World(ranks, own, backend, store, watch, timeout, number)
 
 
-def _attend(joining: "Future[World]", ranks: Ranks, watch: Watch, timeout: float) -> World:
+def _attend(joining: Future[World], ranks: Ranks, watch: Watch, timeout: float) -> World:
     """Wait until all ranks have joined; after `PATIENCE_SECONDS`, say for whom.
 
     Raises `ConnectionError` if that fails or takes more than `timeout` seconds; `StopRequestedError` instead if a stop
@@ -228,7 +228,7 @@ def _attend(joining: "Future[World]", ranks: Ranks, watch: Watch, timeout: float
     """
     begun = time.monotonic()
     deadline, patience, failure = begun + timeout, begun + PATIENCE_SECONDS, ""
-    place = "{}:{}".format(*ranks.store_address or ("", ""))
+    place = ":".join(map(str, ranks.store_address or ()))
     while not failure:
         if wait([joining], LOOK_SECONDS).done:
             try:
@@ -255,7 +255,7 @@ def _attend(joining: "Future[World]", ranks: Ranks, watch: Watch, timeout: float
         watch.say("stopped before all ranks had joined; nothing was trained since the start")
         watch.last_words("was asked to stop")
         raise StopRequestedError
-    raise ConnectionError(failure + CARD_ADVICE * (watch.position[0] == CONNECTING))
+    raise ConnectionError(CARD_ADVICE * (watch.position[0] == CONNECTING and not watch.news) + failure)
 
 
 @contextmanager
@@ -297,7 +297,7 @@ def open_world(
             dist.destroy_process_group()
 
 
-def _fulfil(future: "Future[T]", action: Callable[[], T]) -> None:
+def _fulfil(future: Future[T], action: Callable[[], T]) -> None:
     try:
         future.set_result(action())
     except BaseException as error:

@@ -38,6 +38,7 @@ LAUNCHER_VARIABLES = (
     "GROUP_",
     "WANDB_",
     "DDP_CIRCLES_",
+    "KUBERNETES_SERVICE_",
 )
 
 

@@ -131,10 +131,11 @@ def test_rank_0_and_its_store_never_come(tmp_path: Path) -> None:
     with Job(come_without_rank_0, 3, port, "--run-dir", tmp_path, *QUIET, *SMALL, "--timeout=3") as job:
         _, *outcomes = job.wait(60)
     for rank, outcome in enumerate(outcomes, 1):
-        assert outcome.output.splitlines() == [
-            f"rank {rank}: still waiting for rank 0 of 3 (environment) at 127.0.0.1:{port}; waited 0 s of 3 s",
-            f"rank {rank}: lost a peer: rank 0 was never seen (waited 3 s for all ranks to join at 127.0.0.1:{port})",
-        ]
+        waits, ends = outcome.output.splitlines()
+        place = f"at 127.0.0.1:{port}"
+        assert waits == f"rank {rank}: still waiting for rank 0 of 3 (environment) {place}; waited 0 s of 3 s"
+        holder = "rank 0, which holds the job's store and does not answer"
+        assert ends == f"rank {rank}: lost a peer: {holder} (waited 3 s for all ranks to join {place})"
         assert outcome.code == 1
 
 
@@ -213,6 +214,15 @@ def test_the_store_dies_with_rank_0_while_the_others_join(place: str, tmp_path: 
         assert outcome.code == 1, outcome.output
         assert "lost a peer: the store is gone too, with rank 0 or the launcher that held it" in outcome.output
         assert "Traceback" not in outcome.output
+
+
+def test_a_network_card_that_is_not_there_is_said_with_the_variable_that_names_it(tmp_path: Path) -> None:
+    flags = ("--run-dir", tmp_path, *QUIET, *SMALL, PATIENT)
+    with Job(train_hurriedly, 2, *flags, environment={"GLOO_SOCKET_IFNAME": "none0"}) as job:
+        outcomes = job.wait(60)
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    assert any("name the one they share in GLOO_SOCKET_IFNAME" in outcome.output for outcome in outcomes), outcomes
+    assert all("Traceback" not in outcome.output for outcome in outcomes)
 
 
 # ---- stops
