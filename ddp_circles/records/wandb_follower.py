@@ -56,7 +56,8 @@ class WandbFollower:
     def start(self) -> None:
         """Note what a copy needs besides the metrics, and start the program unless the mode is `disabled`."""
         try:
-            write_atomically(self._run_dir / RUN_FILE, json.dumps(self._run, indent=2, default=str).encode())
+            content = json.dumps(self._run, indent=2, default=_spell_path).encode()
+            write_atomically(self._run_dir / RUN_FILE, content)
         except OSError as error:
             warn(f"{self._run_dir / RUN_FILE} cannot be written ({error}): no copy at Weights & Biases from here on")
             return
@@ -120,6 +121,11 @@ class WandbFollower:
             self._output.close()
 
 
+def _spell_path(path: Path) -> str:
+    """The `path` in UTF-8, which wandb insists on, whatever this process takes names for."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _start_program(run_dir: Path, mode: Mode, output: IO[bytes]) -> "subprocess.Popen[bytes]":
     """Start `wandb_copy` with the import paths of this process, out of reach of the job's signals."""
     command = [sys.executable, "-P", "-W", "ignore", "-m", "ddp_circles.records.wandb_copy", str(run_dir)]
@@ -130,7 +136,7 @@ def _start_program(run_dir: Path, mode: Mode, output: IO[bytes]) -> "subprocess.
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"},
             start_new_session=True,
         )
     finally:

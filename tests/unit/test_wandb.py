@@ -53,7 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def folder(home: Path) -> Path:
     """A run directory."""
-    path = home.parent / "run"
+    path = home.parent / "größe"
     path.mkdir()
     return path
 
@@ -156,6 +156,9 @@ def test_an_offline_copy_holds_everything_once(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", address(server))
+        for name, value in {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PYTHONUTF8", "0")
         run = Tracked(folder)
         run.log(*range(30))
         run.finish(weights_sha256="abc", resumed_from_step=None)
@@ -191,7 +194,7 @@ def test_an_offline_copy_holds_everything_once(
     assert summary["weights_sha256"] == "abc"
     printed = capfd.readouterr()
     assert printed.out == ""
-    assert printed.err == f"wandb: offline; to upload: {beside_python('wandb')} sync {only_folder(folder)}\n"
+    assert printed.err == f"wandb: offline; to upload: {beside_python('wandb')} sync '{only_folder(folder)}'\n"
 
 
 def test_a_continued_run_is_copied_anew_into_the_only_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -418,7 +421,7 @@ def test_a_run_that_was_not_copied_is_copied_later(folder: Path, monkeypatch: py
     run.finish(weights_sha256="abc")
     assert not (folder / "wandb").exists()
     done = copy(folder)
-    assert done.stdout == f"wandb: offline; to upload: {beside_python('wandb')} sync {only_folder(folder)}\n"
+    assert done.stdout == f"wandb: offline; to upload: {beside_python('wandb')} sync '{only_folder(folder)}'\n"
     assert (done.returncode, done.stderr) == (0, "")
     assert epochs(folder) == list(range(5))
     assert "plots/curves.path" in history(folder)[-1]
