@@ -25,6 +25,7 @@ SMALL = ("--n-samples=50", "--batch-size=16", "--epochs=1", "--micro-batches=2",
 FILES = (
     "status", "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "checkpoints", "newest", "fault",
     "plots", "plots/curves.png", "wandb", ".lock", ".lock.holder", ".wandb.json",
+    ".wandb.lock",
 )  # fmt: skip
 """`newest` stands for the newest checkpoint."""
 SECONDS = 20
