@@ -15,7 +15,7 @@ from ddp_circles.reading import check_file
 SUFFIX = ".partial"
 FILES = (
     "status", "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "fault", ".lock", ".lock.holder",
-    ".wandb.json",
+    ".wandb.json", ".wandb.lock",
 )  # fmt: skip
 FOLDERS = ("checkpoints", "plots", "wandb")
 NO_FOLDER_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)

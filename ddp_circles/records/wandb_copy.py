@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from ddp_circles.errors import EXIT_BAD_INPUT, FileError, UserError
 from ddp_circles.reading import LONGEST, read_json
 from ddp_circles.records.files import check_places
-from ddp_circles.records.wandb_follower import RUN_FILE, choose_mode, expanded, wandb_folder
+from ddp_circles.records.wandb_follower import KEPT_VARIABLES, RUN_FILE, choose_mode, expanded, wandb_folder
 from ddp_circles.terminal import open_streams, visible, visible_lines
 
 LOCK_SECONDS = 30.0
@@ -87,6 +87,8 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
         kinds = {"run_id": str, "project": str, "config": dict, "variables": dict}
         if not all(isinstance(run.get(name), kind) for name, kind in kinds.items()):
             raise UserError(f"{run_dir / RUN_FILE} cannot be read: a training writes {', '.join(kinds)} there")
+        # No others: they could load code, or send the user's key to another server.
+        run["variables"] = {name: str(value) for name, value in run["variables"].items() if name in KEPT_VARIABLES}
         return {name: run[name] for name in kinds}
     except FileNotFoundError:
         raise UserError(f"{run_dir} is not a run directory: it has no {RUN_FILE}") from None

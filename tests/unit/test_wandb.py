@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from ddp_circles.job.stop import STOP_SIGNALS
-from ddp_circles.records.wandb_copy import without_secrets
+from ddp_circles.records.wandb_copy import _read_run, without_secrets
 from ddp_circles.records.wandb_follower import choose_mode, choose_project, new_run_id
 from ddp_circles.terminal import beside_python
 from tests.harness.ranks import Job
@@ -434,6 +434,13 @@ def test_a_run_that_was_not_copied_is_copied_later(folder: Path, monkeypatch: py
     assert [json.loads(line)["epoch"] for line in server.history] == list(range(5))
     assert server.artifacts == [("model", f"model-{RUN_ID}")]
     assert epochs(folder) == list(range(5)), "the offline copy stays"
+
+
+def test_a_run_directory_sets_no_variable_that_could_load_code_or_send_a_key_away(tmp_path: Path) -> None:
+    given = {"LD_PRELOAD": "/x.so", "WANDB_BASE_URL": "http://elsewhere", "PYTHONPATH": "/x", "WANDB_NAME": 7}
+    run = {"run_id": RUN_ID, "project": "p", "config": {}, "variables": given}
+    (tmp_path / ".wandb.json").write_text(json.dumps(run))
+    assert _read_run(tmp_path)["variables"] == {"WANDB_NAME": "7"}
 
 
 def test_what_is_no_run_is_refused_before_wandb_is_imported(home: Path) -> None:
