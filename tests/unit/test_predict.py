@@ -458,16 +458,17 @@ def test_progress_shows_on_a_terminal_and_nowhere_else(
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "ddp_circles.predict", *arguments]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
-    with_bar = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60, env=environment)
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal says that the other side is gone
-        while piece := os.read(ours, 4096):
-            shown += piece
-    os.close(ours)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal says that the other side is gone
+            while piece := os.read(ours, 4096):
+                shown += piece
+        os.close(ours)
+        printed, _ = process.communicate(timeout=60)
     assert "in.csv" in shown.decode()
     assert "40.0/40.0 kB" in shown.decode()
-    assert (with_bar.returncode, with_bar.stdout) == (0, f"wrote 10,000 predictions to {target}\n")
+    assert (process.returncode, printed) == (0, f"wrote 10,000 predictions to {target}\n")
     assert target.read_bytes() == result
 
 
