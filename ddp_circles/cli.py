@@ -22,8 +22,11 @@ T = TypeVar("T")
 def parse(form: type[T], arguments: list[str], *, program: str, default: T | None = None, quiet: bool = False) -> T:
     """Read `arguments` into the dataclass `form`; help and mistakes end in `SystemExit`, without a word if `quiet`."""
     silence = io.StringIO()
-    with redirect_stdout(silence) if quiet else nullcontext(), redirect_stderr(silence) if quiet else nullcontext():
-        return tyro.cli(form, args=arguments, prog=f"python -m {program}", default=default or tyro.MISSING_NONPROP)
+    try:
+        with redirect_stdout(silence) if quiet else nullcontext(), redirect_stderr(silence) if quiet else nullcontext():
+            return tyro.cli(form, args=arguments, prog=f"python -m {program}", default=default or tyro.MISSING_NONPROP)
+    except OSError:  # nobody can read it, but a mistake it is
+        raise SystemExit(EXIT_BAD_INPUT) from None
 
 
 def run(command: Callable[[Ranks], int]) -> int:

@@ -189,8 +189,8 @@ def _folder(given: str | Path) -> Path:
     """The folder that `given` means, with its ~ expanded; raises `UserError` for one that no run can be kept in."""
     if re.match(r"[A-Za-z][\w+.-]+:/", str(given)):
         raise UserError(f"--run-dir must be a folder of a mounted file system, got {str(given)!r}")
-    if Path(given) == Path():
-        raise UserError("--run-dir must name a folder of its own, not be empty or the current folder")
+    if given == "":
+        raise UserError("--run-dir must name a folder, got nothing")
     try:
         return Path(given).expanduser()
     except RuntimeError as error:  # no such user, or nobody knows this one's home

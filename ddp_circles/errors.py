@@ -6,7 +6,7 @@ from pathlib import Path
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
-"""Stopped by request, after a checkpoint."""
+"""Stopped by request, after a checkpoint where one can be written."""
 
 
 class UserError(ValueError):
@@ -45,4 +45,4 @@ class RunDirTakenError(Exception):
 
 
 class StopRequestedError(Exception):
-    """All ranks agreed to stop here, and what was done so far is saved."""
+    """All ranks agreed to stop here, after a checkpoint where one can be written; or not all had joined yet."""

@@ -112,7 +112,8 @@ def _make_model(config: Config, world: World, model: nn.Module | None) -> nn.Mod
         make = partial(Classifier, 2, config.hidden, config.activation, class_count(config.dataset))
         with torch.device("meta"):
             _check_memory(config, world, make())
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        # The caller's random numbers, and choice of a default device, stay as they are.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(config.seed)  # directly before the model is built, as in the tutorial
             model = make()
     check_model(model, exact=config.reduction == "exact")

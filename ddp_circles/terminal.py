@@ -59,7 +59,15 @@ def beside_python(name: str) -> str:
     program = Path(sys.executable).parent / name
     if not program.exists():
         return name
-    return shlex.quote(str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program))
+    with contextlib.suppress(OSError, ValueError):  # this folder may be gone; or the program lies elsewhere
+        program = program.relative_to(Path.cwd())
+    return shlex.quote(str(program))
+
+
+def complain(message: str) -> None:
+    """Print a message that ends the program; a standard error that cannot be written does not change how."""
+    with contextlib.suppress(OSError):
+        print(f"error: {visible_lines(message)}", file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

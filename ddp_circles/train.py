@@ -57,10 +57,13 @@ def parse_command_line(arguments: list[str], *, quiet: bool = False) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default="circles")
     first.add_argument("--config", type=Path)
+    first.add_argument("--run-dir", "--run_dir")
     try:
         chosen, _ = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
+    if chosen.run_dir == "":  # which would become the current folder
+        raise UserError("--run-dir must name a folder, got nothing: was a variable empty?")
     base = recipe(chosen.recipe, **(read_toml(chosen.config) if chosen.config else {}))
     default = CommandLine(base, chosen.recipe, chosen.config)
     return cli.parse(CommandLine, arguments, program="ddp_circles.train", default=default, quiet=quiet).settings

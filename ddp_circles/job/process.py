@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,34 +29,43 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def _attribute(owner: object, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return partial(getattr, owner, name), partial(setattr, owner, name)
+
+
+CHANGED: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
+    _attribute(torch.backends.cudnn, "allow_tf32"),
+    _attribute(torch.backends.cudnn, "benchmark"),
+)
+"""How each of torch's settings that a training changes is read and written."""
+CHANGED_VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+)  # fmt: skip
+
+
 @contextmanager
 def process_as_found() -> Iterator[None]:
     """Put back, however the body ends, what a training changes in its process."""
-    names = (
-        "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG",
-        "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME",
-    )  # fmt: skip
-    variables = {name: os.environ.get(name) for name in names}
-    cudnn: Any = torch.backends.cudnn
-    deterministic: Any = torch.utils.deterministic
-    threads, mode = torch.get_num_threads(), torch.get_deterministic_debug_mode()
-    fills, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
-    tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    variables = {name: os.environ.get(name) for name in CHANGED_VARIABLES}
     hook = sys.excepthook
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, UserError):
-            hook = sys.excepthook  # the process group's own: it labels the traceback with the rank
-        raise
-    finally:
-        sys.excepthook = hook
-        for name, value in variables.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        torch.set_num_threads(threads)
-        torch.set_deterministic_debug_mode(mode)
-        deterministic.fill_uninitialized_memory = fills
-        torch.set_float32_matmul_precision(precision)
-        cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
+    with ExitStack() as at_end:
+        for read, write in CHANGED:
+            with suppress(RuntimeError):  # torch has two names for some, and refuses the older after the newer one
+                at_end.callback(write, read())
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, UserError):
+                hook = sys.excepthook  # the process group's own: it labels the traceback with the rank
+            raise
+        finally:
+            sys.excepthook = hook
+            for name, value in variables.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value

@@ -227,9 +227,10 @@ def _given_ranks(environment: Mapping[str, str]) -> Ranks:
 def _mpi_ranks(environment: Mapping[str, str], names: Sequence[str]) -> Ranks:
     own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {ours: environment[theirs] for ours, theirs in zip(own, names, strict=True)}
-    # Open MPI has a name for each job, by which those of one machine meet apart.
-    job = environment.get("PMIX_NAMESPACE") or environment.get("SLURM_JOB_ID", "")
-    if given["WORLD_SIZE"] == given["LOCAL_WORLD_SIZE"]:
+    one_machine = given["WORLD_SIZE"] == given["LOCAL_WORLD_SIZE"]
+    # Jobs of one machine meet apart: by Open MPI's name for each, or by the process that has started all their ranks.
+    job = environment.get("PMIX_NAMESPACE") or environment.get("SLURM_JOB_ID") or str(os.getppid() * one_machine)
+    if one_machine:
         given["MASTER_PORT"] = environment.get("MASTER_PORT", str(20000 + crc32(job.encode()) % 20000))
     elif not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
         raise UserError(

@@ -11,7 +11,7 @@ from types import TracebackType
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.job.ranks import Ranks, parent_at_start, read_ranks
 from ddp_circles.job.stop import stop_requested
-from ddp_circles.terminal import visible_lines
+from ddp_circles.terminal import complain
 
 RANK_0_SPEAKS_SECONDS = 5.0
 """Time that the other ranks give rank 0 to print its message before they leave over a user's mistake."""
@@ -20,7 +20,7 @@ RANK_0_SPEAKS_SECONDS = 5.0
 def refuse(ranks: Ranks, error: UserError) -> int:
     """Say a user's mistake once, from rank 0, and end the job over it; returns the exit code for it."""
     if ranks.is_main:
-        print(f"error: {visible_lines(str(error))}", file=sys.stderr, flush=True)
+        complain(str(error))
     end_job(ranks)
     return EXIT_BAD_INPUT
 

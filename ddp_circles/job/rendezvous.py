@@ -78,7 +78,7 @@ class BoundedRendezvous(RendezvousHandler):
             started = started or _has_ranks()
             time.sleep(1)
         print(
-            f"error: torchrun has waited {self._patience} s for the other nodes, and no rank is left on this one: "
+            f"error: torchrun has waited {self._patience} s for the other nodes, and ranks of this one have ended: "
             "ending it; the same command on all nodes continues the run",
             file=sys.stderr,
             flush=True,

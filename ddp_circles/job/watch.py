@@ -109,7 +109,7 @@ class Watch:
     def absent(self) -> list[int]:
         """The ranks that have not come yet; rank 0 alone as long as its store does not answer."""
         if not self._connected:
-            return self._others[:1]
+            return [] if self._ranks.is_main else [0]
         with contextlib.suppress(RuntimeError):
             return [rank for rank in self._others if not self._seen(rank)]
         return []

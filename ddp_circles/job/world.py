@@ -38,6 +38,7 @@ CARD_ADVICE = (
     "NCCL_SOCKET_IFNAME: "
 )
 LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.01
 PATIENCE_SECONDS = 10.0
 """Time until a rank says for whom it waits."""
 STOP_SECONDS = 5.0
@@ -52,13 +53,22 @@ _last_group: list[Any] = []
 """The last process group that was closed, so that it outlives the models wrapped for it."""
 
 
-def _share(store: Store, ranks: Ranks, name: str, own: object, decide: Callable[[list[Any]], object]) -> Any:
+def _share(
+    store: Store, ranks: Ranks, name: str, own: object, decide: Callable[[list[Any]], object], given_up: threading.Event
+) -> Any:
     """Return, on every rank, what rank 0's `decide` makes of each rank's `own`; all of it is what JSON knows."""
+
+    def get(key: str) -> Any:
+        # Looks, and does not wait in C++: a wait that ends while the interpreter does would abort the process.
+        while not store.check([key]):
+            if given_up.wait(POLL_SECONDS):
+                raise ConnectionAbortedError("given up")
+        return json.loads(store.get(key))
+
     store.set(f"{name}/{ranks.rank}", json.dumps(own))
     if ranks.is_main:
-        everyone = [json.loads(store.get(f"{name}/{rank}")) for rank in range(ranks.world_size)]
-        store.set(name, json.dumps(decide(everyone)))
-    return json.loads(store.get(name))
+        store.set(name, json.dumps(decide([get(f"{name}/{rank}") for rank in range(ranks.world_size)])))
+    return get(name)
 
 
 def _number_hosts(hosts: list[str]) -> list[int]:
@@ -67,7 +77,12 @@ def _number_hosts(hosts: list[str]) -> list[int]:
 
 
 def _agree(
-    store: Store, ranks: Ranks, device: str, backend: str, settings: Mapping[str, object]
+    store: Store,
+    ranks: Ranks,
+    device: str,
+    backend: str,
+    settings: Mapping[str, object],
+    given_up: threading.Event,
 ) -> tuple[torch.device, str]:
     """Choose this rank's device and backend; rank 0 checks that settings and devices of all ranks go together.
 
@@ -82,7 +97,9 @@ def _agree(
         place = Place(ranks.name, f"{chosen[0].type} with {chosen[1]}", device_uuid(chosen[0]), settings=texts)
     except (UserError, RuntimeError) as error:  # RuntimeError: the GPU is there and does not work
         place = Place(ranks.name, refusal=str(error), settings=texts)
-    refusal = _share(store, ranks, "place", place, lambda places: why_not_together([Place(*one) for one in places]))
+    refusal = _share(
+        store, ranks, "place", place, lambda places: why_not_together([Place(*one) for one in places]), given_up
+    )
     if refusal or chosen is None:
         store.set(f"heard/{ranks.rank}", "")
         if ranks.serves_store:
@@ -195,15 +212,26 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def _join(
-    ranks: Ranks, watch: Watch, device: str, backend: str, timeout: float, settings: Mapping[str, object]
+    ranks: Ranks,
+    watch: Watch,
+    device: str,
+    backend: str,
+    timeout: float,
+    settings: Mapping[str, object],
+    given_up: threading.Event,
 ) -> World:
-    """Meet the other ranks at the store, find out who is where, and open the process group."""
+    """Meet the other ranks at the store, find out who is where, and open the process group, until `given_up` is set."""
     number = next(_world_numbers)
-    # The store is more patient than `_attend`, which says who is missing.
-    store = open_store(ranks, timedelta(seconds=timeout + STORE_SECONDS), number)
+    try:
+        # The store is more patient than `_attend`, which says who is missing.
+        store = open_store(ranks, timedelta(seconds=timeout + STORE_SECONDS), number)
+    except UserError as error:
+        if not ranks.is_main:  # which rank 0 does not know of
+            watch.say(str(error))
+        raise
     watch.connect(store)
-    ranks = ranks.on_hosts(_share(store, ranks, "host", this_host(), _number_hosts))
-    own, backend = _agree(store, ranks, device, backend, settings)
+    ranks = ranks.on_hosts(_share(store, ranks, "host", this_host(), _number_hosts, given_up))
+    own, backend = _agree(store, ranks, device, backend, settings, given_up)
     for name, card in default_cards(ranks.one_machine, ranks.store_address).items():
         if ranks.world_size == 1 or not os.environ.get(name):  # alone, a rank needs no card that is named
             os.environ[name] = card
@@ -216,6 +244,8 @@ def _join(
         timeout=timedelta(seconds=timeout),
         device_id=own if own.type == "cuda" else None,
     )
+    if given_up.is_set():
+        dist.destroy_process_group()
     watch.mark("start", 0, 0)
     return World(ranks, own, backend, store, watch, timeout, number)
 
@@ -246,13 +276,14 @@ def _attend(joining: Future[World], ranks: Ranks, watch: Watch, timeout: float) 
         if now > patience:
             patience = math.inf
             absent = watch.absent()
-            if absent and (ranks.is_main or 0 in absent):
+            if absent and (ranks.is_main or (0 in absent and not ranks.local_rank)):
                 watch.say(
                     f"still waiting for {spell_ranks(absent)} of {ranks.world_size} ({ranks.launcher}) at {place}; "
                     f"waited {PATIENCE_SECONDS:.0f} s of {timeout:g} s"
                 )
     if stop_requested():
-        watch.say("stopped before all ranks had joined; nothing was trained since the start")
+        if not ranks.local_rank:
+            watch.say("stopped before all ranks had joined; nothing was trained since the start")
         watch.last_words("was asked to stop")
         raise StopRequestedError
     raise ConnectionError(CARD_ADVICE * (watch.position[0] == CONNECTING and not watch.news) + failure)
@@ -279,12 +310,13 @@ def open_world(
         joining: Future[World] = Future()
         with telling_others(ranks, watch):
             # In a thread, for these calls wait in C++: this one hears signals and the news meanwhile.
-            threading.Thread(
-                target=_fulfil,
-                args=(joining, partial(_join, ranks, watch, device, backend, timeout, settings)),
-                daemon=True,
-            ).start()
-            world = _attend(joining, ranks, watch, timeout)
+            given_up = threading.Event()
+            join = partial(_join, ranks, watch, device, backend, timeout, settings, given_up)
+            threading.Thread(target=_fulfil, args=(joining, join), daemon=True).start()
+            try:
+                world = _attend(joining, ranks, watch, timeout)
+            finally:
+                given_up.set()
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)  # each thread has its own
         watch.starting = False

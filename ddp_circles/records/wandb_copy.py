@@ -19,7 +19,7 @@ from ddp_circles.errors import EXIT_BAD_INPUT, FileError, UserError
 from ddp_circles.reading import LONGEST, read_json
 from ddp_circles.records.files import check_places
 from ddp_circles.records.wandb_follower import KEPT_VARIABLES, RUN_FILE, choose_mode, expanded, wandb_folder
-from ddp_circles.terminal import open_streams, visible, visible_lines
+from ddp_circles.terminal import complain, open_streams
 
 LOCK_SECONDS = 30.0
 """Longest wait for an earlier copy to end; longer than `ORPHAN_SECONDS`."""
@@ -43,11 +43,11 @@ def main() -> None:
     try:
         _copy(chosen.run_dir, chosen.wandb, chosen.follow)
     except (UserError, FileError, FileNotFoundError) as error:
-        print(f"error: {visible_lines(str(error))}", file=sys.stderr)
+        complain(str(error))
         sys.exit(EXIT_BAD_INPUT)
     except (Exception, KeyboardInterrupt) as error:
         cause = " ".join([f"{type(error).__name__}:", *str(error).split()]).rstrip(":")
-        print(f"error: {visible(without_secrets(cause)[:300])}", file=sys.stderr)
+        complain(without_secrets(cause)[:300])
         sys.exit(1)
 
 
