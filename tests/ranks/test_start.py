@@ -239,7 +239,8 @@ def test_a_rank_that_waits_for_others_can_be_stopped(hand: bool, tmp_path: Path)
     for outcome in outcomes:
         assert outcome.code == (75 if hand else 0), outcome.output
         line = f"rank {outcome.rank}: stopped before all ranks had joined; nothing was trained since the start\n"
-        assert outcome.output.endswith(line)
+        says = hand or outcome.rank == 0  # once per node, where the ranks know of nodes
+        assert outcome.output.endswith(line) if says else outcome.output == ""
     assert not (tmp_path / "status").exists()
 
 
