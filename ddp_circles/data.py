@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +126,7 @@ def _cached(arguments: dict[str, Any]) -> tuple[Split, str]:
                 stale.unlink(missing_ok=True)
             _store(_generate(arguments), file)
             checksum.write_bytes(_digest(file))
-            checksum.chmod(0o600)
+            _keep_private(checksum)
             split = _load(file, checksum, arguments)
         if split is None:
             raise OSError(f"{file} has changed since it was written")
@@ -140,6 +140,11 @@ def _is_ours(path: Path, is_kind: Callable[[int], bool]) -> bool:
     except FileNotFoundError:
         return False
     return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def _keep_private(file: Path) -> None:
+    with suppress(PermissionError):  # some file systems have no modes; `_is_ours` looks at what there is
+        file.chmod(0o600)
 
 
 def _load(file: Path, checksum: Path, arguments: dict[str, Any]) -> Split | None:
@@ -168,7 +173,7 @@ def _expected_parts(arguments: dict[str, Any]) -> dict[str, tuple[torch.dtype, t
 def _store(split: Split, file: Path) -> None:
     try:
         save_file(dict(zip(CACHED_PARTS, [*split.train, *split.test], strict=True)), file)
-        file.chmod(0o600)
+        _keep_private(file)
     except BaseException:
         file.unlink(missing_ok=True)
         raise

@@ -9,6 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import BaseFileLock, SoftFileLock
+
 from ddp_circles.errors import FileError, naming
 from ddp_circles.reading import check_file
 
@@ -76,6 +78,13 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     """The files in `folder`, if it exists, whose names match; unlike `Path.glob`, raises if it cannot be listed."""
     with naming(folder):
         return [path for path in folder.iterdir() if fnmatch(path.name, pattern)] if folder.exists() else []
+
+
+def how_to_clear(lock: BaseFileLock) -> str:
+    """Advice on a lock that nobody releases; empty where the system does it when the holder ends."""
+    if not isinstance(lock, SoftFileLock):  # in place of the other, where the file system knows no locks
+        return ""
+    return f"; if it no longer runs, remove {lock.lock_file}, which nobody else does here"
 
 
 def check_places(run_dir: Path) -> None:

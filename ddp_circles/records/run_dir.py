@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, contiguous_format
 
 from ddp_circles.errors import FileError, RunDirTakenError, UserError, naming
 from ddp_circles.reading import LONGEST, read_text
 from ddp_circles.records.checkpoint import Checkpoints
-from ddp_circles.records.files import check_places, flush_names, overwrite, sweep, write_atomically
+from ddp_circles.records.files import check_places, flush_names, how_to_clear, overwrite, sweep, write_atomically
 from ddp_circles.terminal import visible
 
 Status = Literal["running", "stopped", "finished", "failed"]
@@ -73,9 +73,7 @@ class RunDir:
             holder = ""
             with contextlib.suppress(OSError):  # it may have just taken the lock, and not written its name yet
                 holder = read_text(self._holder, LONGEST)
-            advice = "wait for it, or choose another"
-            if isinstance(lock, SoftFileLock):  # in place of the other, where the file system knows no locks
-                advice += f"; if it no longer runs, remove {self.path / '.lock'}, which nobody else does here"
+            advice = f"wait for it, or choose another{how_to_clear(lock)}"
             raise UserError(f"--run-dir {self.path} is in use by {_name_in(holder)}: {advice}") from None
         except OSError as error:
             raise FileError(error.errno, f"it cannot be locked: {error.strerror}", str(self.path / ".lock")) from None

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ddp_circles.errors import EXIT_BAD_INPUT, FileError, UserError
 from ddp_circles.reading import LONGEST, read_json
-from ddp_circles.records.files import check_places
+from ddp_circles.records.files import check_places, how_to_clear
 from ddp_circles.records.wandb_follower import KEPT_VARIABLES, RUN_FILE, choose_mode, expanded, wandb_folder
 from ddp_circles.terminal import complain, open_streams
 
@@ -73,11 +73,12 @@ def _copy(run_dir: Path, wanted: str, trainer: int | None) -> None:
     from ddp_circles.records.wandb_run import copy_run  # noqa: PLC0415 - the seam: wandb is slow to import
 
     wandb_folder(run_dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".wandb.lock", timeout=LOCK_SECONDS)
     try:
-        with FileLock(run_dir / ".wandb.lock", timeout=LOCK_SECONDS):
+        with lock:
             copy_run(run_dir, mode=mode, run_id=run["run_id"], config=run["config"], trainer=trainer)
     except Timeout:
-        raise UserError(f"{run_dir} is being copied by another process: wait for it") from None
+        raise UserError(f"{run_dir} is being copied by another process: wait for it{how_to_clear(lock)}") from None
 
 
 def _read_run(run_dir: Path) -> dict[str, Any]:
@@ -98,11 +99,14 @@ def _read_run(run_dir: Path) -> dict[str, Any]:
 
 def _refuse_if_training(run_dir: Path) -> None:
     """Raise `UserError` if a training holds the run directory."""
+    lock = FileLock(run_dir / ".lock", timeout=0)
     try:
-        with FileLock(run_dir / ".lock", timeout=0):
+        with lock:
             pass
     except Timeout:
-        raise UserError(f"{run_dir} is still training: it copies itself, or wait for its end") from None
+        raise UserError(
+            f"{run_dir} is still training: it copies itself, or wait for its end{how_to_clear(lock)}"
+        ) from None
 
 
 def _end_after(trainer: int) -> None:

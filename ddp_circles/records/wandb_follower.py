@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from ddp_circles.job.stop import STOP_SIGNALS
+from ddp_circles.reading import LONGEST, opened, read_text
 from ddp_circles.records.files import write_atomically
 from ddp_circles.terminal import beside_python, visible, warn
 
@@ -174,10 +175,9 @@ def choose_mode(mode: str) -> Mode:
 def _wandb_settings() -> dict[str, str]:
     folder = expanded(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
     parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read([folder / "settings", wandb_folder(Path()) / "settings"])
-    except (OSError, configparser.Error, UnicodeDecodeError):
-        return {}
+    for file in (folder / "settings", wandb_folder(Path()) / "settings"):
+        with contextlib.suppress(OSError, configparser.Error):
+            parser.read_string(read_text(file, LONGEST))
     return dict(parser["default"]) if parser.has_section("default") else {}
 
 
@@ -187,6 +187,8 @@ def _has_wandb_credentials(settings: dict[str, str]) -> bool:
     server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
     for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
         with contextlib.suppress(OSError, netrc.NetrcParseError, ValueError):
+            with opened(expanded(name), LONGEST):
+                pass  # it is a file, and not a pipe that would be waited for
             login = netrc.netrc(expanded(name)).authenticators(urlsplit(server).netloc)
             return login is not None and bool(login[2])
     return False

@@ -514,3 +514,16 @@ def _encoded(contents: list[bytes]) -> bytes:
             if not rest:
                 break
     return log
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_place_of_settings_or_credentials_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "wandb").mkdir()
+    for pipe in ("settings", "wandb/settings", ".netrc", "_netrc"):
+        os.mkfifo(tmp_path / pipe)
+    assert choose_mode("auto") == "offline"
