@@ -18,7 +18,8 @@ is one of them, and train as one job into runs/NAME.
   -h, --help        show this text
 
 The results do not depend on the number of nodes. To stop: Ctrl-C on one node. To continue: the same command again.
-Without ranks, a node waits 40 seconds for others and gives up (PET_RDZV_CONF=idle_timeout=600 in the environment: longer).
+At the start a node waits ten minutes for the others. Later, without ranks, it waits 40 seconds and gives up (longer with
+PET_RDZV_CONF=idle_timeout=600 in the environment).
 
   bash launch/multi_node.sh --nodes 2 --head node1 --id circles-1 -- --epochs 100
   bash launch/multi_node.sh --nodes 1:4 --head node1:29500 --id circles-2 -- --epochs 100 --checkpoint-seconds 10
