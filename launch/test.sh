@@ -12,10 +12,9 @@ apart() { # apart COMMAND...
     addresses=$(hostname -I) unshare --net --mount bash -ec '
         ip link set lo up
         for address in $addresses; do ip address add "$address" dev lo; done
-        names=$(mktemp)
+        names=$VIRTUAL_ENV/nsswitch.conf # it stays: over a file that is gone, no test could mount another
         sed "s/^hosts:.*/hosts: files/" /etc/nsswitch.conf >"$names"
         mount --bind "$names" /etc/nsswitch.conf
-        rm "$names"
         exec "$@"' apart "$@"
 }
 tests=(python3 -m pytest --numprocesses=auto "$@")

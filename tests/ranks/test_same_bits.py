@@ -176,7 +176,7 @@ def test_batch_norm_is_refused_before_anything_is_written(tmp_path: Path) -> Non
     with Job(train_model, 2, tmp_path, Flat(nn.BatchNorm1d(4)), 8) as job:
         outcomes = job.wait(60)
     for outcome in outcomes:
-        assert "UserError: --reduction exact cannot train layers.1 (BatchNorm1d)" in outcome.output
+        assert 'UserError: reduction="exact" cannot train layers.1 (BatchNorm1d)' in outcome.output
     assert not (tmp_path / "status").exists()
 
 
