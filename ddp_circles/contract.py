@@ -358,7 +358,7 @@ def _check_sum(what: str, function: Metric, logits: Tensor, targets: Tensor) -> 
         a, b, c = whole.item(), first.item(), rest.item()
         rounding = torch.finfo(whole.dtype).eps if whole.is_floating_point() else 0.0
         if abs(a - (b + c)) > max(TOLERANCE, 4 * rounding) * (abs(a) + abs(b) + abs(c)):
-            advice = "use reduction='sum'"
+            advice = "use reduction='sum', or .sum() in place of .mean()"
             if logits.shape != targets.shape and logits.numel() == targets.numel():
                 advice = (
                     f"logits {list(logits.shape)} and targets {list(targets.shape)} are combined each with each: give "

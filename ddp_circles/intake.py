@@ -1,8 +1,9 @@
 """The model, data, loss and metrics of a run: made or taken in, checked, and compared over the ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from ddp_circles.loop import LossFunction
 from ddp_circles.memory import require_memory
 from ddp_circles.metrics import Metric
 from ddp_circles.models import Classifier, class_count, loss_sum
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,29 @@ def take_in(
         split = (split or share_points(config, world)).to(world.device)
         check = partial(
             check_training,
+            bare,
+            split,
+            loss,
+            named,
             exact=exact,
             micro_batches=config.micro_batches if exact else world.ranks.world_size,
             batch_size=config.batch_size,
             ranks=world.ranks.world_size,
         )
         given = split.train.inputs.dtype
-        split, accuracy, tried = world.together(partial(check, bare, split, loss, named))
+        split, accuracy, tried = world.together(check if data is not None else partial(_without_data, check))
         if (taken := split.train.inputs.dtype) != given:
             world.say(f"the inputs of data= are converted from {given} to {taken}, as the parameters are")
         _compare_tries(world, tried)
     return Intake(bare, split, loss or loss_sum, named, own_data or None, accuracy)
+
+
+def _without_data(check: Callable[[], T]) -> T:
+    """Call `check`, whose refusals are about points that the caller may not know of."""
+    try:
+        return check()
+    except UserError as error:
+        raise UserError(f"{error} (data= was not given: the points of dataset= were taken)") from None
 
 
 def _compare_tries(world: World, tried: dict[str, float]) -> None:

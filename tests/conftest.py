@@ -15,7 +15,7 @@ from xdist.scheduler import LoadScopeScheduling, Scheduling
 
 from tests.harness.ranks import LAUNCHER_VARIABLES
 
-STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "GLOO_", "NCCL_", "OMP_NUM_", "MKL_NUM_", "TORCH_DISABLE_", "PET_")
+STRAY_VARIABLES = (*LAUNCHER_VARIABLES, "RANKS", "GLOO_", "NCCL_", "OMP_NUM_", "MKL_NUM_", "TORCH_DISABLE_", "PET_")
 LOOPBACK = {"PET_RDZV_BACKEND": "loopback", "PET_RDZV_ENDPOINT": "localhost"}
 """torchrun's own variables for its options: every torchrun of a single node stays on the loopback."""
 SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR"}

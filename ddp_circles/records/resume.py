@@ -18,6 +18,8 @@ from ddp_circles.records.checkpoint import State
 from ddp_circles.records.run_dir import RunDir
 from ddp_circles.terminal import visible, warn
 
+ADVICE = "Choose another --run-dir, or start over in this one with --resume never"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -41,10 +43,8 @@ class Found:
         try:
             load_state(model, self.state["model"])
         except RuntimeError as error:
-            what = visible(" ".join(str(error).split()))
-            raise UserError(
-                f"{self.run_dir.path} holds a run of another model: {what}. Choose another --run-dir"
-            ) from None
+            what = visible(" ".join(str(error).split())).rstrip(".")
+            raise UserError(f"{self.run_dir.path} holds a run of another model: {what}. {ADVICE}") from None
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
         """Load the checkpoint's state; returns how far the run has come.
@@ -58,8 +58,7 @@ class Found:
             optimizer.load_state_dict(self.state["optimizer"])
         except (ValueError, KeyError, TypeError, AttributeError):  # as the optimizer's code meets it
             raise UserError(
-                f"{self.run_dir.path} holds a run with another optimizer: the state does not fit. Choose another "
-                "--run-dir"
+                f"{self.run_dir.path} holds a run with another optimizer: the state does not fit. {ADVICE}"
             ) from None
         return Progress(self.state["epoch"], self.state["step"], Tally(*self.state["train"]))
 
@@ -161,19 +160,18 @@ def _run_name(world: World) -> str:
 
 def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> None:
     """Refuse to continue a run with other settings than it began with."""
-    advice = "Choose another --run-dir, or start over in this one with --resume never"
     if before.keys() != now.keys():
-        raise UserError(f"{path} holds a run of another version of this package. {advice}")
+        raise UserError(f"{path} holds a run of another version of this package. {ADVICE}")
     for name in ("data", "metrics"):  # arguments of `fit`; the others are flags
         if before[name] != now[name]:
-            raise UserError(f"{path} holds a run with other {name}. {advice}")
+            raise UserError(f"{path} holds a run with other {name}. {ADVICE}")
     changed = [
         f"--{name.replace('_', '-')} ({_spell(before[name])} there, {_spell(value)} here)"
         for name, value in now.items()
         if before[name] != value
     ]
     if changed:
-        raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. {advice}")
+        raise UserError(f"{path} holds a run with other settings: {', '.join(changed)}. {ADVICE}")
 
 
 def _spell(value: object) -> str:

@@ -103,7 +103,7 @@ class WandbFollower:
             self._process.wait(seconds)
         self.look()
         if self._process is not None:
-            self._kill(self._process, f"no end after {seconds:.0f} s")
+            self._kill(self._process, f"its copy was not complete after {seconds:.0f} s")
 
     def _kill(self, process: "subprocess.Popen[bytes]", cause: str) -> None:
         os.killpg(process.pid, signal.SIGKILL)  # wandb's own service ends itself after that
@@ -113,7 +113,7 @@ class WandbFollower:
     def _give_up(self, cause: str) -> None:
         python, folder = beside_python(Path(sys.executable).name), shlex.quote(str(self._run_dir))
         later = f"`{python} -m ddp_circles.records.wandb_copy {folder}` copies it later"
-        warn(f"Weights & Biases is left out from here on ({cause}); metrics.jsonl has everything, and {later}")
+        warn(f"Weights & Biases is left out from here on: {cause}; metrics.jsonl has everything, and {later}")
         self._let_go()
 
     def _let_go(self) -> None:

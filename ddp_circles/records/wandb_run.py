@@ -68,7 +68,8 @@ def copy_run(
         config=config,
         settings=wandb.Settings(**{name: SETTINGS[name] for name in SETTINGS if name in wandb.Settings.model_fields}),
     )
-    upload = f"{beside_python('wandb')} sync {shlex.quote(str(Path(run.dir).parent))}"
+    # By a pattern: the folder's name begins with the time, and changes when the run goes on.
+    upload = f"{beside_python('wandb')} sync {shlex.quote(str(folder))}/offline-run-*-{shlex.quote(run_id)}"
     print(visible(f"wandb: {run.url or f'offline; to upload: {upload}'}"), flush=True)
     for name in ("train/*", "test/*", "plots/*", "seconds", "step"):
         run.define_metric(name, step_metric="epoch")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddp_circles import Config, Dataset, Split, UserError, fit
 from ddp_circles.job import refusal
+from ddp_circles.job.stop import STOP_SIGNALS
 from tests.harness.ranks import Job, free_port, run_ranks
 from tests.harness.runs import bits, metrics, status
 
@@ -165,7 +166,7 @@ def observed() -> dict[str, Any]:
         "tf32": torch.backends.cudnn.allow_tf32,
         "benchmark": torch.backends.cudnn.benchmark,
         "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),  # noqa: NPY002
-        "signals": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
+        "signals": [signal.getsignal(number) for number in STOP_SIGNALS],
         "gradients": torch.is_grad_enabled(),
         "group": torch.distributed.is_initialized(),
         "folder": Path.cwd(),

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.harness.networks import needs_networks
 from tests.harness.runs import PROJECT, Command, metrics
 
 LONG = ("--epochs=100000", "--wandb=offline", "--no-plots", "--device=cpu", "--log-every=1000000")
@@ -39,6 +40,7 @@ def test_a_training_on_one_machine_listens_on_the_loopback_alone(tmp_path: Path)
     assert all(ip_address(address).is_loopback for address, _ in found), found
 
 
+@needs_networks
 @pytest.mark.thorough
 def test_no_port_answers_from_another_machine(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.harness.networks import needs_networks
 from tests.harness.ranks import free_port
 from tests.harness.runs import PLAIN, PROJECT, QUIET, TRAINER, Bits, Command, bits, finish
 from tests.harness.training import EPOCHS, SETTINGS, STEPS_PER_EPOCH, epochs_done
@@ -90,6 +91,7 @@ def test_with_a_range_of_nodes_the_others_go_on_without_one_that_is_gone(
     assert bits(run_dir) == undisturbed
 
 
+@needs_networks
 @pytest.mark.parametrize(
     ("names", "master"),
     [

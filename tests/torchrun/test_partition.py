@@ -1,32 +1,31 @@
 """The link between two nodes is lost: on both sides all is over soon, torchrun included."""
 
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.harness.networks import needs_networks
 from tests.harness.runs import PROJECT, QUIET, Command
 
 TIMEOUT = 10
 LONG = ("--n-samples=125", "--batch-size=16", "--epochs=1000000", "--checkpoint-steps=10", f"--timeout={TIMEOUT}")
 
 
-def can_make_networks() -> bool:
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        return False
-    return subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"]).returncode == 0
-
-
-@pytest.mark.skipif(not can_make_networks(), reason="needs root, network namespaces and the command ip")
+@needs_networks
 @pytest.mark.parametrize(
-    ("restarts", "patience"),
-    [pytest.param(3, 20, marks=pytest.mark.thorough), *(pytest.param(n, 40, marks=pytest.mark.long) for n in (0, 3))],
+    ("restarts", "variables"),
+    [
+        pytest.param(0, {}, marks=pytest.mark.thorough),  # as the Slurm scripts have it
+        pytest.param(3, {}, marks=pytest.mark.long),
+        pytest.param(3, {"PET_RDZV_CONF": "idle_timeout=20"}, marks=pytest.mark.long),
+    ],
 )
-def test_torchrun_does_not_outlive_its_ranks_on_either_side(restarts: int, patience: int, tmp_path: Path) -> None:
+def test_torchrun_does_not_outlive_its_ranks_on_either_side(
+    restarts: int, variables: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "launch").mkdir()
     shutil.copy(PROJECT / "launch/multi_node.sh", tmp_path / "launch")
     (tmp_path / "launch/setup.sh").write_text(f'PATH="{sys.prefix}/bin:$PATH"\n')
@@ -37,7 +36,7 @@ def test_torchrun_does_not_outlive_its_ranks_on_either_side(restarts: int, patie
         *("bash", PROJECT / "tests/harness/programs/two_nodes.sh", tmp_path),
         *("bash", "launch/multi_node.sh", *words, "--", *QUIET, *LONG),
         cwd=tmp_path,
-        variables={"PET_RDZV_CONF": f"idle_timeout={patience}"},
+        variables=variables,
     ) as nodes:
         nodes.wait_until((tmp_path / "runs/run-1/metrics.jsonl").exists)
         (tmp_path / "cut").touch()

@@ -61,8 +61,9 @@ def _has_trained(log: Path) -> bool:
 
 
 @pytest.mark.thorough
-def test_a_stopped_training_is_continued_by_what_it_prints(folder: Path) -> None:
+def test_a_stopped_training_is_continued_by_what_it_prints(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside the environment, as after the README's first command."""
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
     words = "bash launch/train.sh --epochs=100000 --wandb=disabled --no-plots"
     for number in range(2):
         log = folder / f"log{number}"

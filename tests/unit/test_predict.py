@@ -27,7 +27,7 @@ from sklearn import datasets
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from ddp_circles import inference, predict
+from ddp_circles import inference, memory, predict
 from ddp_circles.config import Config, recipe
 from ddp_circles.errors import UserError
 from ddp_circles.models import Classifier, class_count
@@ -627,6 +627,36 @@ def test_an_unusable_run_is_an_error(
     assert message in err
     assert str(run) in err
     assert "--config" not in err
+
+
+def ask_with_little_memory(run: Path, *question: object) -> tuple[int, float]:
+    """Ask on a machine of 16 GiB; returns the exit code, and MiB that this took."""
+    setattr(memory, "machine_memory", lambda: 2**34)  # noqa: B010 - a plain assignment has another type
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    code = ask(run, *question)
+    return code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+@pytest.mark.parametrize(
+    ("setting", "question", "said"),
+    [
+        ("n_samples = 2000000000", "--show=1", "n_samples=2000000000 needs more memory than there is "),
+        ("hidden = [65536, 65536]", "--show=1", "and torch.float32 [65536] by the second"),
+    ],
+)
+def test_a_run_that_memory_cannot_hold_is_refused_before_it_is_asked_for(
+    tmp_path: Path, setting: str, question: str, said: str
+) -> None:
+    run = write_run(tmp_path / "run", recipe("model_3"))
+    (run / "config.toml").write_text(f"{setting}\n")
+    with Job(ask_with_little_memory, 1, run, question) as job:
+        (outcome,) = job.wait(60)
+    code, taken = outcome.value
+    assert code == 2
+    assert outcome.output.startswith("error: ")
+    assert outcome.output.count("\n") == 1
+    assert said in outcome.output
+    assert taken < 300
 
 
 def test_a_model_without_hidden_layers_is_read_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

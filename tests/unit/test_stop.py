@@ -19,19 +19,14 @@ def no_nohup() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_each_signal_sets_the_flag_and_nothing_else(number: int) -> None:
-    stop_requested = StopRequest()
+def test_each_signal_sets_the_flag_and_its_handler_is_given_back(number: int) -> None:
+    stop_requested, before = StopRequest(), [signal.getsignal(number) for number in STOP_SIGNALS]
     with stop_requested.listening():
         assert not stop_requested()
         signal.raise_signal(number)
         assert stop_requested()
-
-
-def test_handlers_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with StopRequest().listening():
-        assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert not stop_requested()
 
 
 def test_under_nohup_a_closed_terminal_is_no_request() -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from ddp_circles.verify.oracle import Run, Together
 from ddp_circles.verify.report import Report
 from ddp_circles.verify.settings import FAULTS, Settings
 from ddp_circles.verify.speed import Timing
+from tests.harness.runs import PROJECT
 
 CPU = torch.device("cpu")
 WORLDS = st.one_of(st.integers(1, 40), st.sampled_from([100, 256, 257, 1000]))
@@ -527,3 +529,8 @@ def test_values_keep_their_types_on_the_way() -> None:
     answer = board.agree(values, lambda found: found)
     assert repr(answer) == repr([values])
     assert board.agree(answer, lambda found: found) == [answer]
+
+
+def test_a_report_in_the_projects_folder_is_no_part_of_the_project() -> None:
+    ignored = (PROJECT / ".gitignore").read_text().split()
+    assert any(fnmatch(str(Settings().out), pattern) for pattern in ignored)

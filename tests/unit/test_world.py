@@ -15,6 +15,7 @@ from ddp_circles.job import world as world_module
 from ddp_circles.job.process import pin_threads
 from ddp_circles.job.ranks import Ranks, read_ranks, this_host
 from ddp_circles.job.world import is_lost_peer, open_world
+from tests.harness.networks import needs_networks
 from tests.harness.ranks import Job, free_port, run_ranks
 
 TORCHRUN = {
@@ -248,8 +249,12 @@ def test_a_launchers_word_on_nodes_and_local_ranks_counts_and_only_hosts_tell_of
             )
 
 
-def test_processes_of_one_machine_know_it_and_another_network_is_another_host() -> None:
+def test_processes_of_one_machine_know_it() -> None:
     assert set(run_ranks(this_host, 2)) == {this_host()}
+
+
+@needs_networks
+def test_another_network_is_another_host() -> None:
     show = "from ddp_circles.job.ranks import this_host; print(this_host())"
     elsewhere = ["unshare", "--net", sys.executable, "-c", show]
     other = subprocess.run(elsewhere, capture_output=True, text=True, timeout=60, check=True).stdout.strip()

@@ -3,17 +3,20 @@
 # a network of its own, with HOSTS in place of /etc/hosts. A virtual cable joins 198.51.100.1 and 198.51.100.2. Ends
 # with the sum of the exit codes.
 set -euo pipefail
-hosts=$1
-shift
+
+if [ "$1" != inside ]; then # a kernel that ends everything with this script
+    exec setpriv --pdeathsig KILL unshare --pid --fork --kill-child --mount-proc bash "$0" inside "$@"
+fi
+hosts=$2
+shift 2
 pods=()
-trap 'kill "${pods[@]}" 2>/dev/null || true' EXIT
 for rank in 0 1; do
     # shellcheck disable=SC2016 # expanded by the inner shell
     RANK=$rank WORLD_SIZE=2 hosts=$hosts unshare --net --uts --mount bash -ec '
         hostname "pod-$RANK"
         mount --bind "$hosts" /etc/hosts
         ip link set lo up
-        until ip link show cable &>/dev/null; do sleep 0.1; done
+        for _ in {1..300}; do ! ip link show cable &>/dev/null || break; sleep 0.1; done
         ip address add "198.51.100.$((RANK + 1))/24" dev cable
         ip link set cable up
         exec "$@"' pod "$@" &

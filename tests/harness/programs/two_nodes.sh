@@ -19,7 +19,7 @@ node='
     mount --bind "$folder/hosts" /etc/hosts
     mount --bind "$folder/nsswitch.conf" /etc/nsswitch.conf
     ip link set lo up
-    until ip link set eth0 up 2>/dev/null; do sleep 0.1; done
+    for _ in {1..300}; do ! ip link set eth0 up 2>/dev/null || break; sleep 0.1; done
     ip address add "198.51.100.$1/24" dev eth0
     code=0
     "${@:2}" >"$folder/node$1.log" 2>&1 || code=$?
