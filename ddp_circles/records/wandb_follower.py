@@ -113,7 +113,7 @@ class WandbFollower:
     def _give_up(self, cause: str) -> None:
         python, folder = beside_python(Path(sys.executable).name), shlex.quote(str(self._run_dir))
         later = f"`{python} -m ddp_circles.records.wandb_copy {folder}` copies it later"
-        warn(f"Weights & Biases is left out from here on: {cause}; metrics.jsonl has everything, and {later}")
+        warn(f"Weights & Biases is left out from here on ({cause}); metrics.jsonl has everything, and {later}")
         self._let_go()
 
     def _let_go(self) -> None:
