@@ -28,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
     """A folder with the project's launch scripts, its environment, and the README's program."""
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    own_model = next(block for block in blocks("python") if "fit(" in block)
-    (tmp_path / "own_model.py").write_text(own_model)
+    programs = [block for block in blocks("python") if "fit(" in block]  # the second goes on from the first
+    (tmp_path / "own_model.py").write_text("\n".join(programs))
     return tmp_path
 
 

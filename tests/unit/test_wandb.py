@@ -151,6 +151,10 @@ def test_a_user_without_a_home_is_offline(folder: Path, home: Path, monkeypatch:
 # ---- offline
 
 
+def says_where(folder: Path) -> str:
+    return f"wandb: offline; to upload: {beside_python('wandb')} sync '{folder / 'wandb'}'/offline-run-*-{RUN_ID}\n"
+
+
 def test_an_offline_copy_holds_everything_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,10 +198,7 @@ def test_an_offline_copy_holds_everything_once(
     assert summary["weights_sha256"] == "abc"
     printed = capfd.readouterr()
     assert printed.out == ""
-    assert (
-        printed.err
-        == f"wandb: offline; to upload: {beside_python('wandb')} sync '{folder / 'wandb'}'/offline-run-*-{RUN_ID}\n"
-    )
+    assert printed.err == says_where(folder)
 
 
 def test_a_continued_run_is_copied_anew_into_the_only_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -334,9 +335,8 @@ def test_a_closed_or_silent_server_is_one_warning_and_no_wait(
     assert len(said) == 2
     for warning, cause in zip(said, ("connection refused", "CommError"), strict=True):
         assert warning.startswith("warning: Weights & Biases is left out from here on (")
-        assert any(
-            words in warning for words in (cause, f"its copy was not complete after {3 if end == 'stopped' else 60} s")
-        )
+        late = f"its copy was not complete after {3 if end == 'stopped' else 60} s"
+        assert any(words in warning for words in (cause, late))
         assert "); metrics.jsonl has everything" in warning
     assert not any(KEY in path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
 
@@ -426,10 +426,7 @@ def test_a_run_that_was_not_copied_is_copied_later(folder: Path, monkeypatch: py
     run.finish(weights_sha256="abc")
     assert not (folder / "wandb").exists()
     done = copy(folder)
-    assert (
-        done.stdout
-        == f"wandb: offline; to upload: {beside_python('wandb')} sync '{folder / 'wandb'}'/offline-run-*-{RUN_ID}\n"
-    )
+    assert done.stdout == says_where(folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert epochs(folder) == list(range(5))
     assert "plots/curves.path" in history(folder)[-1]
