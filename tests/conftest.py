@@ -53,13 +53,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The lanes in which `launch/test.sh` runs tests side by side: one more than cores, for most tests wait.
+    """The lanes in which `launch/test.sh` runs tests side by side: two more than cores, for most tests wait.
 
     None for tests of single files, and for output that is not captured: a second start of torch would take longer, and
     the lanes would swallow the output.
     """
     single_files = all(".py" in argument for argument in config.args)
-    return 0 if single_files or config.getoption("capture") == "no" else min(os.cpu_count() or 1, MOST_LANES - 1) + 1
+    return 0 if single_files or config.getoption("capture") == "no" else min((os.cpu_count() or 1) + 2, MOST_LANES)
 
 
 class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # xdist is not typed
