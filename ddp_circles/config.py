@@ -223,7 +223,7 @@ def naming_arguments() -> Iterator[None]:
         if FLAGS_SPOKEN.get():
             raise
         refuse_uncaught()
-        raise UserError(in_arguments(str(error))) from None
+        raise type(error)(in_arguments(str(error))) from None
 
 
 def flags_of(settings: Any) -> dict[str, object]:

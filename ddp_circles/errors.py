@@ -17,6 +17,10 @@ class UserError(ValueError):
         return [f"error: {self}"]
 
 
+class LoneMistakeError(UserError):
+    """A mistake that one rank alone meets, and has to tell."""
+
+
 class OutOfRangeError(ArithmeticError):
     """A gradient, loss or metric that is not finite, or too large for the exact sums; raised on all ranks alike."""
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from ddp_circles.errors import EXIT_BAD_INPUT, UserError
+from ddp_circles.errors import EXIT_BAD_INPUT, LoneMistakeError, UserError
 from ddp_circles.job.ranks import Ranks, parent_at_start, read_ranks
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.terminal import complain
@@ -18,8 +18,8 @@ RANK_0_SPEAKS_SECONDS = 5.0
 
 
 def refuse(ranks: Ranks, error: UserError) -> int:
-    """Say a user's mistake once, from rank 0, and end the job over it; returns the exit code for it."""
-    if ranks.is_main:
+    """Say a user's mistake once, from rank 0 if all ranks meet it, and end the job over it; returns the exit code for it."""
+    if ranks.is_main or isinstance(error, LoneMistakeError):
         complain(str(error))
     end_job(ranks)
     return EXIT_BAD_INPUT

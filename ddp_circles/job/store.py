@@ -10,7 +10,7 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from ddp_circles.errors import UserError
+from ddp_circles.errors import LoneMistakeError, UserError
 from ddp_circles.job.ranks import LOOPBACK, Ranks
 
 CONNECT_SECONDS = 10.0
@@ -47,7 +47,7 @@ def open_store(ranks: Ranks, timeout: timedelta, number: int) -> Store:
     start = ranks.restarts if ranks.store_is_the_agents else 0
     store = PrefixStore(f"{ranks.job}, start {start}, world {number}", base)
     if store.add(f"rank/{ranks.rank}", 1) > 1:
-        raise UserError(f"rank {ranks.rank} is at {host}:{port} already: two jobs meet there; {advice}")
+        raise LoneMistakeError(f"rank {ranks.rank} is at {host}:{port} already: two jobs meet there; {advice}")
     return store
 
 

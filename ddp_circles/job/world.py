@@ -222,13 +222,8 @@ def _join(
 ) -> World:
     """Meet the other ranks at the store, find out who is where, and open the process group, until `given_up` is set."""
     number = next(_world_numbers)
-    try:
-        # The store is more patient than `_attend`, which says who is missing.
-        store = open_store(ranks, timedelta(seconds=timeout + STORE_SECONDS), number)
-    except UserError as error:
-        if not ranks.is_main:  # which rank 0 does not know of
-            watch.say(str(error))
-        raise
+    # The store is more patient than `_attend`, which says who is missing.
+    store = open_store(ranks, timedelta(seconds=timeout + STORE_SECONDS), number)
     watch.connect(store)
     ranks = ranks.on_hosts(_share(store, ranks, "host", this_host(), _number_hosts, given_up))
     own, backend = _agree(store, ranks, device, backend, settings, given_up)
