@@ -18,7 +18,7 @@ RANK_0_SPEAKS_SECONDS = 5.0
 
 
 def refuse(ranks: Ranks, error: UserError) -> int:
-    """Say a user's mistake once, from rank 0 if all ranks meet it, and end the job over it; returns the exit code for it."""
+    """Say a user's mistake once, from rank 0 if all ranks meet it, and end the job; returns the exit code for it."""
     if ranks.is_main or isinstance(error, LoneMistakeError):
         complain(str(error))
     end_job(ranks)
