@@ -336,7 +336,8 @@ def test_without_flock_a_lock_of_a_host_that_is_gone_can_be_cleared(
     with ExitStack() as at_end:
         RunDir(tmp_path).open(at_end)
         marker = (tmp_path / ".lock").read_text()
-    RunDir(tmp_path).open(ExitStack().enter_context(ExitStack()))  # it is free again
+    with ExitStack() as at_end:
+        RunDir(tmp_path).open(at_end)  # it is free again
     elsewhere = marker.replace(socket.gethostname(), "elsewhere")
     assert elsewhere != marker
     (tmp_path / ".lock").write_text(elsewhere)
