@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import tyro
 from ddp_circles.errors import EXIT_BAD_INPUT, UserError
 from ddp_circles.job.ranks import Ranks, read_ranks
 from ddp_circles.job.refusal import end_job, refuse
-from ddp_circles.terminal import open_streams, visible_lines
+from ddp_circles.terminal import open_streams, remark, visible_lines
 
 T = TypeVar("T")
 
@@ -51,7 +50,7 @@ def run(command: Callable[[Ranks], int]) -> int:
 def print_traceback(ranks: Ranks) -> None:
     """Print the traceback of the exception being handled, each line labelled with the rank if there are several."""
     label = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
-    print("\n".join(label + line for line in _traceback().split("\n")) + "\n", file=sys.stderr, flush=True)
+    remark("\n".join(label + line for line in _traceback().split("\n")) + "\n")
 
 
 def _record_traceback(ranks: Ranks) -> bool:

@@ -13,7 +13,7 @@ from ddp_circles.config import in_arguments
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.refusal import refuse
-from ddp_circles.terminal import open_streams, visible_lines
+from ddp_circles.terminal import open_streams, remark, visible_lines
 
 EXIT_INTERRUPTED = 130
 
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         return refuse(Ranks(), UserError(in_arguments(str(error))))  # settings are keys of config.toml here
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        remark("interrupted")
         return EXIT_INTERRUPTED
     return 0
 

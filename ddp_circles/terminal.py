@@ -64,16 +64,20 @@ def beside_python(name: str) -> str:
     return shlex.quote(str(program))
 
 
-def complain(message: str) -> None:
-    """Print a message that ends the program; a standard error that cannot be written does not change how."""
+def remark(text: str) -> None:
+    """Print `text` on standard error; one that cannot be written neither ends a training nor changes how it ends."""
     with contextlib.suppress(OSError):
-        print(f"error: {visible_lines(message)}", file=sys.stderr, flush=True)
+        print(visible_lines(text), file=sys.stderr, flush=True)
+
+
+def complain(message: str) -> None:
+    """Print a message that ends the program."""
+    remark(f"error: {message}")
 
 
 def warn(message: str) -> None:
-    """Print a warning line; a standard error that cannot be written is no reason to end a training."""
-    with contextlib.suppress(OSError):
-        print(f"warning: {visible_lines(message)}", file=sys.stderr, flush=True)
+    """Print a warning."""
+    remark(f"warning: {message}")
 
 
 def say(line: str) -> None:

@@ -8,7 +8,6 @@ it finds in its store. For a single node there is nothing to negotiate, so nothi
 
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 
 from ddp_circles.job.ranks import LOOPBACK
 from ddp_circles.job.store import serve_store
+from ddp_circles.terminal import complain
 
 STORE_SECONDS = 600
 IDLE_SECONDS = 40
@@ -77,11 +77,9 @@ class BoundedRendezvous(RendezvousHandler):
         while not started or _has_ranks() or time.monotonic() - self._waits_since < self._patience:
             started = started or _has_ranks()
             time.sleep(1)
-        print(
-            f"error: torchrun has waited {self._patience} s for the other nodes, and ranks of this one have ended: "
-            "ending it; the same command on all nodes continues the run",
-            file=sys.stderr,
-            flush=True,
+        complain(
+            f"torchrun has waited {self._patience} s for the other nodes, and ranks of this one have ended: ending it; "
+            "the same command on all nodes continues the run"
         )
         os._exit(1)
 

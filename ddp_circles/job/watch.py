@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Self
 from torch._C._distributed_c10d import HashStore, Store
 
 from ddp_circles.job.ranks import Ranks, parent_at_start, spell_ranks
-from ddp_circles.terminal import visible, visible_lines
+from ddp_circles.terminal import remark, visible
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 7.0
@@ -116,8 +116,7 @@ class Watch:
 
     def say(self, line: str) -> None:
         """Print `line` on standard error, labelled with the rank."""
-        with contextlib.suppress(OSError):  # the launcher's end of the pipe may be gone with it
-            print(f"rank {self._ranks.rank}: {visible_lines(line)}", file=sys.stderr, flush=True)
+        remark(f"rank {self._ranks.rank}: {line}")
 
     # ---- the end
 

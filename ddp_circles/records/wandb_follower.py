@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.reading import LONGEST, opened, read_text
 from ddp_circles.records.files import write_atomically
-from ddp_circles.terminal import beside_python, visible, warn
+from ddp_circles.terminal import beside_python, remark, warn
 
 Mode = Literal["online", "offline", "disabled"]
 READY_SECONDS = 60.0
@@ -85,8 +85,7 @@ class WandbFollower:
         where = next((line for line in lines if line.startswith("wandb: ")), None)
         if where and not self._said_where:
             self._said_where = True
-            with contextlib.suppress(OSError):
-                print(visible(where), file=sys.stderr, flush=True)
+            remark(where)
         if code == 0:
             self._let_go()
         elif code is not None:
@@ -186,10 +185,11 @@ def _has_wandb_credentials(settings: dict[str, str]) -> bool:
         return True
     server = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
     for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
+        file = expanded(name)
         with contextlib.suppress(OSError, netrc.NetrcParseError, ValueError):
-            with opened(expanded(name), LONGEST):
+            with opened(file, LONGEST):
                 pass  # it is a file, and not a pipe that would be waited for
-            login = netrc.netrc(expanded(name)).authenticators(urlsplit(server).netloc)
+            login = netrc.netrc(file).authenticators(urlsplit(server).netloc)
             return login is not None and bool(login[2])
     return False
 
