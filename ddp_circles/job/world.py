@@ -27,7 +27,8 @@ from ddp_circles.job.devices import Place, choose_device, device_uuid, first_ref
 from ddp_circles.job.ranks import Ranks, spell_ranks, this_host
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.store import open_store
-from ddp_circles.job.watch import STORE_SECONDS, WAITED, Watch, waiting
+from ddp_circles.job.sums import sum_over_ranks
+from ddp_circles.job.watch import STORE_SECONDS, WAITED, Watch
 from ddp_circles.plain import Plain, from_bytes, to_bytes
 from ddp_circles.terminal import say
 
@@ -148,11 +149,8 @@ class World:
         return lasting.compare_set(f"ddp_circles/first word {self.number}", "", word).decode()
 
     def sum(self, integers: Tensor) -> Tensor:
-        """Sum int64 `integers` over all ranks, in place; the bits do not depend on the order of addition."""
-        if self.ranks.world_size > 1:
-            with waiting:
-                dist.all_reduce(integers)
-        return integers
+        """Sum a row of int64 `integers` over all ranks; the bits do not depend on the order of addition."""
+        return sum_over_ranks(integers) if self.ranks.world_size > 1 else integers
 
     def on_rank_0(self, action: Callable[[], Plain]) -> Plain:
         """Call `action` on rank 0 alone; returns its result, or raises its `UserError`, on every rank."""
