@@ -11,18 +11,19 @@ default recipe, `model_3` and `model_4`, the weights were those of float64 sums,
 Range: 2^62 / V units for each of V micro-batches, 32768 at V = 8. A value outside it is counted in an integer that
 travels with the sum, so that all ranks raise the same error at the same step instead of wrapping round.
 
-Cost: eight bytes instead of four for each gradient on the wire, a few element-wise operations for each micro-batch, and
-V small backward passes instead of one large one. Loss, accuracy, metrics, the range guard and the stop flag ride in
-the same collective.
+Cost: eight bytes instead of four for each gradient on the wire, and a few element-wise operations. Loss, accuracy,
+metrics, the range guard and the stop flag ride in the same collective. A rank's micro-batches go through a small
+network side by side, in one pass (`SideBySideReducer`), through any other one after another (`ExactReducer`).
 """
 
 # DistributedDataParallel compares the annotation objects of its hook: no postponed annotations in this module.
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,8 +34,9 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
-from ddp_circles.job.watch import waiting
+from ddp_circles.job.sums import sum_over_ranks
 from ddp_circles.metrics import LocalTally
+from ddp_circles.side_by_side import SideBySide
 
 WAITING_ELEMENTS = 2**22
 """Most gradient elements that wait to be rounded together; those of one micro-batch always may."""
@@ -46,11 +48,11 @@ Pass = tuple[nn.Module, AbstractContextManager[object]]
 """The model that a micro-batch goes through, and the context of its forward and backward pass."""
 
 
-class ExactReducer:
-    """Integer sums: the same bits for every number of ranks. A DDP communication hook; at world one called directly.
+class _IntegerSums(ABC):
+    """From a rank's integers to the gradients of all ranks: a DDP communication hook; at world one called directly.
 
-    `bare`: the module, all of whose parameters must take part in the loss. `replica`: its DDP wrapper; in a world of
-    one `bare` itself. `micro_batches`: V, of which this rank runs `owned`. `stop_requested`: called once per step.
+    `bare`: the module, all of whose parameters must take part in the loss. `replica`: the DDP wrapper of what goes
+    through it; in a world of one what is wrapped otherwise. `micro_batches`: V. `stop_requested`: called once per step.
     """
 
     def __init__(
@@ -59,7 +61,6 @@ class ExactReducer:
         replica: nn.Module,
         *,
         micro_batches: int,
-        owned: int,
         tally: LocalTally,
         stop_requested: Callable[[], bool],
         device: torch.device,
@@ -67,39 +68,128 @@ class ExactReducer:
         self.micro_batches = micro_batches
         self._named = [(name, value) for name, value in bare.named_parameters() if value.requires_grad]
         self._parameters = [parameter for _, parameter in self._named]
+        self._places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._size = sum(self._sizes)
-        self._waiting: list[Tensor] = []
-        self._most_waiting = max(1, min(owned, WAITING_ELEMENTS // self._size)) * len(self._named)
         self._integers: Tensor | None = None
-        self._peaks: list[Tensor] = []
+        """The sum over this rank's micro-batches, in the order of the parameters; None if there is none."""
         self._limit = torch.tensor([largest_term(micro_batches, GRADIENT_BITS)], device=device)
         self._tally = tally
         self._stop_requested = stop_requested
         self._bad, *self._flags = torch.tensor([[0], [0], [1]], device=device).unbind()
         self._sums = torch.zeros(len(tally.names) + 2, dtype=torch.int64, device=device)
-        self._reduced = False
-        if replica is bare:
-            self._own = torch.zeros(self._size, device=device)
-            self._gradients = _unflatten_dense_tensors(self._own, self._parameters)
-        # Micro-batches that are not reduced yet bypass DDP, as under no_sync(), without the cost of its forward pass.
-        self._accumulating: Pass = (bare, _AtExit(self.accumulate))
-        self._reducing: Pass = (replica, _AtExit(self.deliver_own if replica is bare else self.finish))
+        self._alone = not isinstance(replica, DistributedDataParallel)
         if isinstance(replica, DistributedDataParallel):
             # Held weakly: DDP keeps its hook's state where no garbage collector sees it, and this holds the replica.
-            replica.register_comm_hook(weakref.proxy(self), ExactReducer.reduce_bucket)
+            replica.register_comm_hook(weakref.proxy(self), type(self).reduce_bucket)
+        else:
+            self._own = torch.zeros(self._size, device=device)
+            self._gradients = _unflatten_dense_tensors(self._own, self._parameters)
+
+    @abstractmethod
+    def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
+        """Sum one DDP bucket over all ranks. Registered as DistributedDataParallel's communication hook."""
+
+    def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the arguments of `FastReducer.agreed`
+        """Units by name, values out of range and stop requests of all ranks in the last step; int64."""
+        return self._sums
+
+    def _riding(self, units: Tensor, accuracy: Tensor, peak: Tensor) -> list[Tensor]:
+        """The integers that ride with the gradients: units by name, out-of-range flag, stop flag."""
+        bad = torch.logical_not(peak < self._limit, out=self._bad)  # NaN is out of range
+        return [units, accuracy, bad, self._flags[self._stop_requested()]]
+
+    def _deliver(self, riding: list[Tensor]) -> None:
+        """End a step at world one: the rank's integers are the sum."""
+        assert self._integers is not None
+        dequantize(self._integers, GRADIENT_BITS, out=self._own)
+        self._integers = None
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._sums = torch.cat(riding)
+
+    def _pieces(self, bucket: GradBucket) -> list[Tensor]:
+        """This rank's integers of a bucket's parameters."""
+        # They are found by parameter, not by offset: DDP rebuilds its buckets, in another order, after the first step.
+        assert self._integers is not None
+        pieces = self._integers.split(self._sizes)
+        return [pieces[self._places[id(parameter)]] for parameter in bucket.parameters()]
+
+    def _take_apart(self, total: Tensor, buffer: Tensor) -> Future[Tensor]:
+        """Put the gradients at the head of a sum over all ranks into the last bucket; the rest rode with them."""
+        size = buffer.numel()
+        self._integers, self._sums = None, total[size:]
+        future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+        future.set_result(dequantize(total[:size], GRADIENT_BITS, out=buffer))
+        return future
+
+
+class SideBySideReducer(_IntegerSums):
+    """Exact sums for micro-batches that go through the network side by side, in one pass."""
+
+    def __init__(self, network: SideBySide, replica: nn.Module, **shared: Any) -> None:
+        super().__init__(network.bare, replica, **shared)
+        self._network = network
+        self._scales = torch.full((self._size + 1,), 2.0**GRADIENT_BITS, device=self._limit.device)
+        self._scales[-1] = 2.0**LOSS_BITS
+        self._limit *= 2.0**GRADIENT_BITS
+        self._pass: Pass = (replica, _AtExit(self.finish))
+        self._riders: list[Tensor] = []
+        self._all = torch.cat([parameter.flatten() for parameter in self._parameters]).sum()
+        """Depends on every parameter, and so can start DDP's hook."""
+
+    def passes(self, count: int) -> list[Pass]:  # noqa: ARG002 - always one
+        """The one pass of this rank's micro-batches in one step, which sums over all ranks."""
+        return [self._pass]
+
+    def weight(self, samples: int) -> Tensor:
+        """The factors of the slices' losses in a step of `samples` over all ranks: gradients are added up."""
+        return torch.full((self._network.slices,), 1.0 / samples, device=self._limit.device)
+
+    def finish(self) -> None:
+        """End the backward pass: round each slice's gradient and loss; sum them on the rank, then over the ranks."""
+        losses, accuracy = self._tally.take_apart()
+        scaled = self._network.take_gradients(losses).mul_(self._scales)  # by powers of two, so without rounding
+        peak = torch.linalg.vector_norm(scaled, torch.inf)
+        integers = scaled.round_().long().sum(0)
+        self._integers = integers[:-1]
+        riding = self._riding(integers[-1:], accuracy, peak)
+        if self._alone:
+            self._deliver(riding)
+        else:
+            self._riders = riding
+            self._all.backward(retain_graph=True)  # every parameter has a gradient: DDP calls the hook
+
+    def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
+        """Sum the one DDP bucket over all ranks, with everything that rides with it. Raises if that fails.
+
+        The sum of the rank's integers is all that counts, not the floating-point numbers in the bucket.
+        """
+        assert bucket.is_last()
+        total = sum_over_ranks(torch.cat([*self._pieces(bucket), *self._riders]))
+        return self._take_apart(total, bucket.buffer())
+
+
+class ExactReducer(_IntegerSums):
+    """Exact sums for micro-batches that go through the network one after another."""
+
+    def __init__(self, bare: nn.Module, replica: nn.Module, **shared: Any) -> None:
+        super().__init__(bare, replica, **shared)
+        self._waiting: list[Tensor] = []
+        self._most_waiting = max(1, WAITING_ELEMENTS // self._size) * len(self._named)
+        self._peaks: list[Tensor] = []
+        self._reduced = False
+        # Micro-batches that are not reduced yet bypass DDP, as under no_sync(), without the cost of its forward pass.
+        self._accumulating: Pass = (bare, _AtExit(self.accumulate))
+        self._reducing: Pass = (replica, _AtExit(self.deliver_own if self._alone else self.finish))
 
     def passes(self, count: int) -> list[Pass]:
         """The passes of this rank's `count` micro-batches in one step; the last one sums over all ranks."""
         return [self._accumulating] * (count - 1) + [self._reducing]
 
-    def weight(self, samples: int) -> float:
+    def weight(self, samples: int) -> Tensor:
         """The factor of a micro-batch's summed loss in a step of `samples` over all ranks: gradients are added up."""
-        return 1.0 / samples
-
-    def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the arguments of `FastReducer.agreed`
-        """Units by name, values out of range and stop requests of all ranks in the last step; int64."""
-        return self._sums
+        return torch.tensor(1.0 / samples, device=self._limit.device)
 
     def accumulate(self) -> None:
         """Take over the gradients of one micro-batch, and clear them."""
@@ -123,59 +213,38 @@ class ExactReducer:
         return f"no gradient for {', '.join(map(repr, names))}: every parameter must take part in the loss"
 
     def deliver_own(self) -> None:
-        """End a step's last backward pass at world one: the rank's integers are the sum."""
+        """End a step's last backward pass at world one."""
         self.accumulate()
         values, accuracy = self._tally.take_apart()
         units = self._add_waiting(values * LOSS_SCALE)
-        assert self._integers is not None
-        dequantize(self._integers, GRADIENT_BITS, out=self._own)
-        self._integers = None
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
-        self._sums = self._metrics(units, accuracy)
+        self._deliver(self._riding(self._by_name(units), accuracy, self._take_peak()))
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum one DDP bucket over all ranks: the last micro-batch's gradients plus those accumulated before.
 
-        Registered as DistributedDataParallel's communication hook.
+        The bucket that completes the backward pass carries all that rides with the gradients. Raises if its sum fails.
         """
         if self._waiting:
             self._add_waiting()
         buffer = bucket.buffer()
-        if bucket.is_last():
-            return self._sum_last(bucket, buffer)
-        integers = self._rounded([buffer])
-        self._add_accumulated(integers, bucket)
-        return _sum_meanwhile(buffer, integers)
-
-    def _sum_last(self, bucket: GradBucket, buffer: Tensor) -> Future[Tensor]:
-        """Sum the bucket that completes the backward pass, with everything else that travels with the gradients.
-
-        Raises if the all-reduce fails.
-        """
-        size = buffer.numel()
+        if not bucket.is_last():
+            integers = self._rounded([buffer])
+            self._add_accumulated(integers, bucket)
+            return _sum_meanwhile(buffer, integers)
         values, accuracy = self._tally.take_apart()
         rounded = self._rounded([buffer, values * LOSS_SCALE])
-        integers = rounded[:size]
+        integers, units = rounded[: buffer.numel()], rounded[buffer.numel() :]
         self._add_accumulated(integers, bucket)
-        total = torch.cat([integers, self._metrics(rounded[size:], accuracy)])
+        self._reduced = True
+        riding = self._riding(self._by_name(units), accuracy, self._take_peak())
         # Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
         # than the sum of a small model.
-        with waiting:
-            dist.all_reduce(total)
-        self._sums = total[size:]
-        self._integers = None
-        self._reduced = True
-        future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
-        future.set_result(dequantize(total[:size], GRADIENT_BITS, out=buffer))
-        return future
+        return self._take_apart(sum_over_ranks(torch.cat([integers, *riding])), buffer)
 
     def _add_accumulated(self, integers: Tensor, bucket: GradBucket) -> None:
         """Add the integers of the micro-batches before to a bucket's `integers`."""
-        # They are found by parameter, not by offset: DDP rebuilds its buckets, in another order, after the first step.
         if self._integers is not None:
-            pieces = dict(zip(self._parameters, self._integers.split(self._sizes), strict=True))
-            integers += torch.cat([pieces[cast(nn.Parameter, parameter)] for parameter in bucket.parameters()])
+            integers += torch.cat(self._pieces(bucket))
 
     def _add_waiting(self, *riding: Tensor) -> Tensor:
         """Round each waiting micro-batch's gradients by themselves and add them to the rank's integers.
@@ -196,12 +265,14 @@ class ExactReducer:
         self._peaks.append(torch.linalg.vector_norm(row, torch.inf))
         return quantize(row, GRADIENT_BITS)
 
-    def _metrics(self, units: Tensor, accuracy: Tensor) -> Tensor:
-        """The integers that ride with the last bucket: units by name, out-of-range flag, stop flag."""
+    def _take_peak(self) -> Tensor:
+        """The largest magnitude since the last call; NaN counts as the largest."""
         peaks, self._peaks = self._peaks, []
-        peak = peaks[0] if len(peaks) == 1 else torch.stack(peaks).max()  # NaN counts as the largest
-        bad = torch.logical_not(peak < self._limit, out=self._bad)
-        return torch.cat([units.view(-1, self._tally.width).sum(0), accuracy, bad, self._flags[self._stop_requested()]])
+        return peaks[0] if len(peaks) == 1 else torch.stack(peaks).max()
+
+    def _by_name(self, units: Tensor) -> Tensor:
+        """The units of a rank's micro-batches, added up by name."""
+        return units.view(-1, self._tally.width).sum(0)
 
 
 def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:

@@ -41,9 +41,9 @@ class FastReducer:
         """The passes of this rank's `count` micro-batches in one step, through DDP."""
         return [self._pass] * count
 
-    def weight(self, samples: int) -> float:
+    def weight(self, samples: int) -> Tensor:
         """The factor of a micro-batch's summed loss that makes DDP's mean over ranks the mean over samples."""
-        return self.micro_batches / samples
+        return torch.tensor(self.micro_batches / samples, device=self._flag.device)
 
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
         """Units by name, values out of range and stop requests of all ranks since the last agreement.

@@ -33,6 +33,8 @@ class Intake:
     metrics: dict[str, Metric]
     data_digest: str | None
     """Of the caller's own data."""
+    is_own: bool
+    """True if model, loss and metrics are the configuration's."""
     has_accuracy: bool
     """True if accuracy means something for these logits and targets."""
 
@@ -82,7 +84,8 @@ def take_in(
         if (taken := split.train.inputs.dtype) != given:
             world.say(f"the inputs of data= are converted from {given} to {taken}, as the parameters are")
         _compare_tries(world, tried)
-    return Intake(bare, split, loss or loss_sum, named, own_data or None, accuracy)
+    is_own = model is None and loss is None and not named
+    return Intake(bare, split, loss or loss_sum, named, own_data or None, is_own, accuracy)
 
 
 def _without_data(check: Callable[[], T]) -> T:

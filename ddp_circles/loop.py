@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 
 from ddp_circles.data import Dataset
 from ddp_circles.errors import OutOfRangeError, StopRequestedError
-from ddp_circles.exact import ExactReducer
+from ddp_circles.exact import ExactReducer, SideBySideReducer
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
+from ddp_circles.micro_batches import Cut, cut_one_by_one
 from ddp_circles.sharding import Sharding, TensorSampler
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -40,9 +41,12 @@ class Step(NamedTuple):
     number: int
     """Global step, counted from 0 over the whole run."""
     weight: Tensor
-    """Factor of a summed loss that makes the reducer's sum the step's mean; a float32 scalar."""
+    """Factor of a summed loss that makes the reducer's sum the step's mean; float32, a scalar or one for each slice."""
     micro_batches: list[tuple[Tensor, Tensor, nn.Module, AbstractContextManager[object]]]
-    """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks."""
+    """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks.
+
+    One entry for each micro-batch, or one for all of them side by side.
+    """
 
 
 class Events(Protocol):
@@ -71,13 +75,13 @@ class Events(Protocol):
 class Training:
     """The parts of one training, wired together.
 
-    `model` is the bare module; `reducer` may wrap it. `batch_size` is global, 0 for the full batch.
+    `model` is the module without DDP; `reducer` may wrap it. `batch_size` is global, 0 for the full batch.
     """
 
     model: nn.Module
     optimizer: Optimizer
     loss: LossFunction
-    reducer: ExactReducer | FastReducer
+    reducer: ExactReducer | SideBySideReducer | FastReducer
     tally: LocalTally
     world: World
     train_set: Dataset
@@ -85,6 +89,9 @@ class Training:
     batch_size: int
     seed: int
     events: Events
+    cut: Cut = cut_one_by_one
+    """Takes the micro-batches of an epoch apart as the passes through `model` need them."""
+    evaluation_batch: int = EVALUATION_BATCH
 
     def sharding(self, samples: int, batch_size: int) -> Sharding:
         """The cut of `samples` for the ranks of this world."""
@@ -97,14 +104,14 @@ def train(training: Training, *, epochs: int, progress: Progress) -> None:
 
     Raises `OutOfRangeError` and `StopRequestedError` on all ranks alike.
     """
-    test_sharding = training.sharding(len(training.test_set.inputs), EVALUATION_BATCH)
+    test_sharding = training.sharding(len(training.test_set.inputs), training.evaluation_batch)
     in_order = torch.arange(test_sharding.samples)
-    test_shares = shares_of(training.test_set, in_order, test_sharding)
+    test_steps = list(training.cut(training.test_set, in_order, test_sharding, 0))
     while progress.epoch < epochs:
         training.events.phase("train", progress)
         train_epoch(training, progress)
         training.events.phase("evaluate", progress)
-        test = evaluate(training, progress, test_sharding, test_shares)
+        test = evaluate(training, progress, test_sharding, test_steps)
         training.events.epoch_done(progress, test)
         progress.epoch, progress.step, progress.train = progress.epoch + 1, 0, Tally()
 
@@ -125,15 +132,14 @@ def train_epoch(training: Training, progress: Progress) -> None:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, progress: Progress, sharding: Sharding, shares: dict[int, Dataset]) -> Tally:
+def evaluate(training: Training, progress: Progress, sharding: Sharding, steps: list[list[Dataset]]) -> Tally:
     """Sum the figures over the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
     model, tally, total = training.model, training.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
     reader = SumsReader(delay=0, seconds=training.world.patience, waiting=waiting)
     model.eval()
-    for step in range(sharding.steps):
-        for number, share in shares.items():
-            inputs, targets = _slice(share, sharding.bounds(step, number))
+    for step, pieces in enumerate(steps):
+        for inputs, targets in pieces:
             logits = model(inputs)
             tally.add(training.loss(logits, targets), logits, targets)
         local = torch.cat([tally.take(sharding.micro_batches), stop_flag.fill_(training.events.stop_requested())])
@@ -173,35 +179,17 @@ def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
 
 
 def local_steps(training: Training, progress: Progress, sharding: Sharding) -> Iterator[Step]:
-    """This rank's share of the epoch's remaining steps; the samples are put in order once per epoch."""
-    sampler = TensorSampler(sharding.samples, seed=training.seed)
-    epoch_shares = shares_of(training.train_set, sampler.order(progress.epoch), sharding)
-    nothing = _slice(training.train_set, (0, 0))
-    steps, device = sharding.steps, training.world.device
-    weight, last_weight = (
-        torch.tensor(training.reducer.weight(sharding.step_size(step)), device=device) for step in (0, steps - 1)
-    )
-    for step in range(progress.step, steps):
-        bounds = [(share, sharding.bounds(step, number)) for number, share in epoch_shares.items()]
-        shares = [_slice(share, (start, stop)) for share, (start, stop) in bounds if start < stop] or [nothing]
-        passes = training.reducer.passes(len(shares))
+    """This rank's share of the epoch's remaining steps."""
+    order = TensorSampler(sharding.samples, seed=training.seed).order(progress.epoch)
+    first, last = progress.step, sharding.steps - 1
+    weight, last_weight = (training.reducer.weight(sharding.step_size(step)) for step in (0, last))
+    for step, pieces in enumerate(training.cut(training.train_set, order, sharding, first), first):
+        passes = training.reducer.passes(len(pieces))
         yield Step(
-            number=progress.epoch * steps + step,
-            weight=weight if step < steps - 1 else last_weight,
-            micro_batches=[(*share, *how) for share, how in zip(shares, passes, strict=True)],
+            number=progress.epoch * sharding.steps + step,
+            weight=weight if step < last else last_weight,
+            micro_batches=[(*piece, *how) for piece, how in zip(pieces, passes, strict=True)],
         )
-
-
-def shares_of(samples: Dataset, order: Tensor, sharding: Sharding) -> dict[int, Dataset]:
-    """All samples that each of this rank's micro-batches takes in an epoch, by its number; contiguous, in `order`."""
-    inputs, targets = samples
-    indices = {number: order[number :: sharding.micro_batches].to(inputs.device) for number in sharding.owned()}
-    return {number: Dataset(inputs[index], targets[index]) for number, index in indices.items()}
-
-
-def _slice(samples: Dataset, bounds: tuple[int, int]) -> Dataset:
-    start, stop = bounds
-    return Dataset(samples.inputs[start:stop], samples.targets[start:stop])
 
 
 def _settled(local: LocalTally, progress: Progress, reader: SumsReader) -> Progress:

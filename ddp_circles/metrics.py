@@ -70,7 +70,7 @@ class LocalTally:
         self._targets: list[Tensor] = []
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Remember one micro-batch: its summed loss (scalar), logits and targets."""
+        """Remember one micro-batch: its summed loss (scalar), logits and targets; or several, a loss for each."""
         self._values.append(loss.detach())
         logits = logits.detach()
         for metric in self._metrics:
@@ -84,7 +84,8 @@ class LocalTally:
 
         Since the last call; raises if nothing was added. The units: int64 of shape [1], or [0] without accuracy.
         """
-        values, units = torch.stack(self._values).float(), self._nothing[:0]
+        values = self._values[0] if len(self._values) == 1 else torch.stack(self._values)
+        values, units = values.flatten().float(), self._nothing[:0]
         if self._accuracy:
             units = correct_count(_joined(self._logits), _joined(self._targets)).mul(2**LOSS_BITS).view(1)
         self._values.clear()

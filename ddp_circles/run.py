@@ -20,7 +20,7 @@ from ddp_circles import loop
 from ddp_circles.config import Config, flags_of, in_arguments, naming_arguments
 from ddp_circles.data import Split
 from ddp_circles.errors import EXIT_STOPPED, StopRequestedError, UserError
-from ddp_circles.exact import ExactReducer
+from ddp_circles.exact import ExactReducer, SideBySideReducer
 from ddp_circles.fast import FastReducer
 from ddp_circles.intake import Intake, share_points, take_in
 from ddp_circles.job.faults import Fault, Rehearsal
@@ -30,11 +30,13 @@ from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.world import World, open_world, telling_others
 from ddp_circles.metrics import LocalTally, Metric, Progress
 from ddp_circles.models import state_of
+from ddp_circles.passes import choose_passes
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
 from ddp_circles.records.resume import Found, open_run
 from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, choose_project, new_run_id
+from ddp_circles.side_by_side import SideBySide
 from ddp_circles.terminal import open_streams, warn
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -116,6 +118,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         world.say(in_arguments(line))
         return Result(bare, found.state["metrics"], path, world.ranks.is_main)
     split = given.split or share_points(config, world).to(world.device)
+    passes = choose_passes(config, world, given, split)
 
     optimizer = OPTIMIZERS[config.optimizer](bare.parameters(), lr=config.lr, fused=True)
     tally = LocalTally(
@@ -124,7 +127,9 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     samples = len(split.train.inputs)
     recorder = Recorder(
         watch=world.watch,
-        rehearsal=Rehearsal(fault, path / "fault", bare) if fault and fault.rank == world.ranks.rank else None,
+        rehearsal=Rehearsal(fault, path / "fault", passes.weights)
+        if fault and fault.rank == world.ranks.rank
+        else None,
         writer=world.together(
             lambda: _make_writer(config, world, found, bare, optimizer) if world.ranks.is_main else None
         ),
@@ -135,10 +140,10 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     )
     at_end.callback(recorder.close)
     training = loop.Training(
-        model=bare,
+        model=passes.network,
         optimizer=optimizer,
-        loss=given.loss,
-        reducer=_make_reducer(config, world, bare, tally),
+        loss=passes.loss,
+        reducer=_make_reducer(config, world, passes.network, tally),
         tally=tally,
         world=world,
         train_set=split.train,
@@ -146,6 +151,8 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         batch_size=config.batch_size,
         seed=config.seed,
         events=recorder,
+        cut=passes.cut,
+        evaluation_batch=passes.evaluation_batch,
     )
     progress = found.restore(bare, optimizer)
     begun = f"continue after step {recorder.global_step(progress)}" if found.state else "start"
@@ -155,7 +162,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
             loop.train(training, epochs=config.epochs, progress=progress)
             recorder.finish(
                 progress,
-                summary=_summary(config, world, found, recorder, progress, samples),
+                summary=_summary(config, world, found, recorder, progress, samples, passes.way),
                 draw=partial(_draw, config, bare, split, path),
             )
     except StopRequestedError:
@@ -173,24 +180,26 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     return Result(bare, recorder.metrics, path, world.ranks.is_main)
 
 
-def _make_reducer(config: Config, world: World, bare: nn.Module, tally: LocalTally) -> ExactReducer | FastReducer:
-    """The gradient reducer for `bare`, wrapped in DDP unless the world has one rank."""
-    replica = DistributedDataParallel(bare, gradient_as_bucket_view=True) if world.ranks.world_size > 1 else bare
+def _make_reducer(
+    config: Config, world: World, network: nn.Module, tally: LocalTally
+) -> ExactReducer | SideBySideReducer | FastReducer:
+    """The gradient reducer for `network`, wrapped in DDP unless the world has one rank."""
+    replica = DistributedDataParallel(network, gradient_as_bucket_view=True) if world.ranks.world_size > 1 else network
     if config.reduction == "fast":
         return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
     idle = world.ranks.world_size - config.micro_batches
     if idle > 0 and world.ranks.is_main:
         feeds = f"--micro-batches {config.micro_batches} feeds no more"
         warn(in_arguments(f"{idle} ranks have nothing to compute: {feeds}"))
-    return ExactReducer(
-        bare,
-        replica,
-        micro_batches=config.micro_batches,
-        owned=-(-config.micro_batches // world.ranks.world_size),
-        tally=tally,
-        stop_requested=stop_requested,
-        device=world.device,
-    )
+    shared: dict[str, Any] = {
+        "micro_batches": config.micro_batches,
+        "tally": tally,
+        "stop_requested": stop_requested,
+        "device": world.device,
+    }
+    if isinstance(network, SideBySide):
+        return SideBySideReducer(network, replica, **shared)
+    return ExactReducer(network, replica, **shared)
 
 
 def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, optimizer: Optimizer) -> Writer:
@@ -227,13 +236,14 @@ def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, op
 
 
 def _summary(
-    config: Config, world: World, found: Found, recorder: Recorder, progress: Progress, samples: int
+    config: Config, world: World, found: Found, recorder: Recorder, progress: Progress, samples: int, way: str
 ) -> dict[str, Any]:
     """The part of summary.json beside the last epoch's figures."""
     return {
         "world_size": world.ranks.world_size,
         "reduction": config.reduction,
         "micro_batches": config.micro_batches,
+        "passes": way,
         "epochs": progress.epoch,
         "steps": recorder.global_step(progress),
         "resumed_from_step": found.state.get("global_step"),

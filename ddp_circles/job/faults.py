@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ddp_circles.errors import UserError, naming
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 KINDS = ("kill", "raise", "stall", "nan")
 """Faults of a training; `ddp_circles.verify` rehearses `kill`, `stall` and others of its own."""
@@ -47,12 +47,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Makes `fault` happen in the training of `model` on this rank, once per run directory."""
+    """Makes `fault` happen in a training on this rank, once per run directory."""
 
     fault: Fault
     marker: Path
     """The file in the run directory that remembers that it happened."""
-    model: "nn.Module"
+    weights: "Tensor"
+    """Some of the weights, whose gradient a fault can spoil."""
 
     def reach(self, step: int) -> None:
         """Let the fault happen if `step` is its step and it has not happened yet."""
@@ -66,7 +67,7 @@ class Rehearsal:
         if self.fault.kind == "raise":
             raise InjectedFaultError(f"--fault asked for this in step {step}")
         if self.fault.kind == "nan":
-            spoil_next_gradient(self.model)
+            spoil_next_gradient(self.weights)
         else:
             strike(self.fault.kind)
 
@@ -79,8 +80,8 @@ def strike(kind: str) -> NoReturn:
         time.sleep(3600)
 
 
-def spoil_next_gradient(model: "nn.Module") -> None:
-    """Make one element of the first parameter's next gradient not a number."""
+def spoil_next_gradient(weights: "Tensor") -> None:
+    """Make one element of the next gradient of `weights` not a number."""
 
     def spoil(gradient: "Tensor") -> "Tensor":
         handle.remove()
@@ -88,4 +89,4 @@ def spoil_next_gradient(model: "nn.Module") -> None:
         spoiled.view(-1)[0] = float("nan")
         return spoiled
 
-    handle = next(model.parameters()).register_hook(spoil)
+    handle = weights.register_hook(spoil)

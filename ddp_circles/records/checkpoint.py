@@ -19,8 +19,11 @@ KEEP = 3
 NAMED = 3
 """Checkpoints passed over that are named one by one."""
 DAMAGED = "its checksum does not match: it is cut short or damaged"
-VERSION = 1
-"""Raise it when a field of `FORM` changes or means something else: checkpoints of other versions are refused."""
+VERSION = 2
+"""Raise it when a field of `FORM` changes or means something else, or when the same settings come to other bits.
+
+Checkpoints of other versions are refused.
+"""
 FORM: dict[str, Any] = {
     "model": {str: object},
     "optimizer": {str: object},

@@ -147,7 +147,6 @@ def _train(
             model,
             replica,
             micro_batches=workload.micro_batches,
-            owned=-(-workload.micro_batches // world.ranks.world_size),
             tally=tally,
             stop_requested=lambda: False,
             device=world.device,

@@ -12,13 +12,18 @@ from ddp_circles import Config, Dataset, Split, fit
 from ddp_circles.exact import ExactReducer
 from ddp_circles.sharding import TensorSampler
 from tests.harness.ranks import Job, run_ranks, train
-from tests.harness.runs import PLAIN, QUIET, Bits, bits, checkpoint_steps, finish, run, status
+from tests.harness.runs import PLAIN, QUIET, Bits, bits, checkpoint_steps, finish, run, start, status
 
 RECIPES = {
     "default": ("--epochs=3",),
     "sgd, full batch": ("--recipe=model_3", "--epochs=15"),
     # 613 samples to train on and 154 to test on: neither divides by the batch, the micro-batches or the ranks
     "adam, uneven": ("--n-samples=767", "--batch-size=37", "--epochs=2"),
+    "odd widths": ("--hidden", "7", "5", "3", "--n-samples=1250", "--batch-size=501", "--epochs=3"),
+    "no hidden layer": ("--dataset=moons", "--hidden", "--batch-size=100", "--epochs=3"),
+    "two threads": ("--threads=2", "--hidden", "64", "64", "--n-samples=3000", "--batch-size=1000", "--epochs=2"),
+    "V = 1": ("--micro-batches=1", "--epochs=2"),
+    "one by one": ("--hidden", "200", "200", "--batch-size=512", "--epochs=3"),
     "blobs, V = 6": ("--recipe=model_4", "--batch-size=50", "--micro-batches=6", "--optimizer=adam", "--epochs=2"),
 }
 Oracle = Callable[..., Bits]
@@ -41,6 +46,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
 def test_recipes_train_alike_on_any_number_of_ranks(tmp_path: Path, alone: Oracle, recipe: str, size: int) -> None:
     assert finish(size, tmp_path, *RECIPES[recipe]) == alone(*RECIPES[recipe])
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        {"ATEN_CPU_CAPABILITY": "default"},
+        {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+        {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"},
+    ],
+)
+def test_any_instructions_train_alike_on_any_number_of_ranks(tmp_path: Path, instructions: dict[str, str]) -> None:
+    """Among them fewer than this machine has, which round differently."""
+    found = []
+    for size in (1, 2, 3, 5):
+        with start(size, tmp_path / str(size), *RECIPES["odd widths"], variables=instructions) as job:
+            assert {outcome.code for outcome in job.wait(60)} == {0}
+        found.append(bits(tmp_path / str(size)))
+    assert found == found[:1] * 4
 
 
 @pytest.mark.parametrize(

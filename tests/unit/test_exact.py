@@ -44,18 +44,20 @@ def tally_of(*losses: float) -> LocalTally:
     return tally
 
 
-def make_reducer(model: nn.Module, owned: int = MICRO_BATCHES, tally: LocalTally | None = None) -> ExactReducer:
+def make_reducer(model: nn.Module, tally: LocalTally | None = None) -> ExactReducer:
     """A reducer at world one; by default with one micro-batch of loss 0 in its tally."""
     tally = tally or tally_of(0.0)
     return ExactReducer(
-        model, model, micro_batches=MICRO_BATCHES, owned=owned, tally=tally, stop_requested=lambda: False, device=CPU
+        model, model, micro_batches=MICRO_BATCHES, tally=tally, stop_requested=lambda: False, device=CPU
     )
 
 
 def sum_on_one_rank(gradients: Sequence[Sequence[float]], grouped: int = MICRO_BATCHES) -> tuple[Tensor, int]:
     """One rank's sum of a step's gradients, and its out-of-range flag. `grouped`: micro-batches rounded together."""
     model = nn.Linear(3, 1, bias=False)
-    reducer = make_reducer(model, owned=grouped)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "WAITING_ELEMENTS", 3 * grouped)
+        reducer = make_reducer(model)
     for gradient, (_, context) in zip(gradients, reducer.passes(len(gradients)), strict=True):
         with context:
             model.weight.grad = torch.tensor([gradient])
@@ -312,6 +314,10 @@ class FakeNetwork:
         tensor += 10
         return None
 
+    def sum_over_ranks(self, numbers: Tensor) -> Tensor:
+        self.all_reduce(numbers)
+        return numbers
+
     def get_future(self) -> Future[list[Tensor]]:
         return self.future
 
@@ -327,6 +333,7 @@ class FakeNetwork:
 def network(monkeypatch: pytest.MonkeyPatch) -> FakeNetwork:
     made = FakeNetwork()
     monkeypatch.setattr(dist, "all_reduce", made.all_reduce)
+    monkeypatch.setattr(exact, "sum_over_ranks", made.sum_over_ranks)
     return made
 
 

@@ -1,4 +1,7 @@
-"""Sharding: every index exactly once, the same steps at any world size, DistributedSampler's own order."""
+"""Sharding: every index exactly once, the same steps at any world size, DistributedSampler's own order.
+
+In both ways in which micro-batches are cut out of the samples.
+"""
 
 import time
 import tracemalloc
@@ -10,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
+from ddp_circles import micro_batches as cutting
 from ddp_circles.data import Dataset
-from ddp_circles.loop import shares_of
+from ddp_circles.micro_batches import ROWS, cut_one_by_one, cut_side_by_side
+from ddp_circles.models import IGNORED
 from ddp_circles.sharding import Sharding, TensorSampler
 
 SAMPLES = st.integers(1, 400)
@@ -28,20 +33,37 @@ def distributed_sampler(samples: int, replicas: int, rank: int, seed: int) -> Di
     return DistributedSampler(numbers, num_replicas=replicas, rank=rank, seed=seed)
 
 
+def numbered(samples: int) -> Dataset:
+    """Samples that are their own numbers."""
+    return Dataset(torch.arange(samples).view(-1, 1), torch.arange(samples))
+
+
+def own_micro_batches(order: torch.Tensor, sharding: Sharding, first: int = 0) -> list[list[list[int]]]:
+    """One rank's samples in each step and micro-batch, which are the same in both ways."""
+    data = numbered(sharding.samples)
+    apart = [[piece.targets.tolist() for piece in pieces] for pieces in cut_one_by_one(data, order, sharding, first)]
+    for step, [(inputs, targets)] in enumerate(cut_side_by_side(data, order, sharding, first)):
+        slices, rows, features = inputs.shape
+        assert features == 2
+        assert slices >= 2
+        assert rows % ROWS == 0
+        taken = targets != IGNORED
+        assert torch.equal(inputs, torch.stack([targets * taken, taken], dim=1).view_as(inputs))
+        beside = [row[row != IGNORED].tolist() for row in targets.view(slices, rows)]
+        assert [one for one in beside if one] == [one for one in apart[step] if one]
+        assert len(targets) == slices * rows
+    assert len(apart) == sharding.steps - first == step + 1
+    return apart
+
+
 def own_steps(
     samples: int, batch_size: int, micro_batches: int, rank: int, world_size: int, order: torch.Tensor
 ) -> list[set[int]]:
     """One rank's samples in each step; asserts that it uses none twice."""
-    everything = torch.arange(samples)
     sharding = Sharding(samples, batch_size, micro_batches, rank, world_size)
-    shares = shares_of(Dataset(everything, everything), order, sharding)
     steps = []
-    for step in range(sharding.steps):
-        used: list[int] = []
-        for number in sharding.owned():
-            start, stop = sharding.bounds(step, number)
-            assert 0 <= start <= stop <= len(shares[number].inputs)
-            used += shares[number].inputs[start:stop].tolist()
+    for pieces in own_micro_batches(order, sharding):
+        used = [number for piece in pieces for number in piece]
         assert len(set(used)) == len(used)
         steps.append(set(used))
     return steps
@@ -63,14 +85,13 @@ def test_a_micro_batch_is_what_distributed_sampler_gives_a_replica(
     samples: int, micro_batches: int, seed: int, epoch: int
 ) -> None:
     order = TensorSampler(samples, seed=seed).order(epoch)
-    everything = torch.arange(samples)
-    shares = shares_of(Dataset(everything, everything), order, Sharding(samples, samples, micro_batches, 0, 1))
-    for number in range(micro_batches):
+    [shares] = own_micro_batches(order, Sharding(samples, samples, micro_batches, 0, 1))
+    for number in range(min(micro_batches, samples)):
         theirs = distributed_sampler(samples, micro_batches, number, seed)
         theirs.set_epoch(epoch)
         padded = list(theirs)
         unpadded = [index for turn, index in enumerate(padded) if number + turn * micro_batches < samples]
-        assert shares[number].inputs.tolist() == unpadded
+        assert shares[number] == unpadded
 
 
 @few
@@ -107,6 +128,25 @@ def test_each_sample_is_used_once_per_epoch(samples: int, batch_size: int, micro
         for index in step
     ]
     assert sorted(used) == list(range(samples))
+
+
+@few
+@given(samples=SAMPLES, batch_size=BATCH_SIZES, micro_batches=MICRO_BATCHES, data=st.data())
+def test_a_resumed_epoch_takes_the_steps_that_are_left(
+    samples: int, batch_size: int, micro_batches: int, data: st.DataObject
+) -> None:
+    sharding = Sharding(samples, batch_size, micro_batches, 0, 2)
+    order = TensorSampler(samples, seed=1).order(0)
+    first = data.draw(st.integers(0, sharding.steps - 1))
+    assert own_micro_batches(order, sharding, first) == own_micro_batches(order, sharding)[first:]
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 1000])
+def test_steps_put_in_order_together_do_not_change_a_sample(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    sharding, order = Sharding(613, 37, 8, 1, 3), TensorSampler(613, seed=1).order(0)
+    expected = own_micro_batches(order, sharding)
+    monkeypatch.setattr(cutting, "BLOCK_ROWS", at_once)
+    assert own_micro_batches(order, sharding) == expected
 
 
 @given(samples=SAMPLES, batch_size=BATCH_SIZES)
@@ -148,21 +188,21 @@ def test_epochs_differ_and_repeat() -> None:
 def test_ten_million_samples_are_never_a_list() -> None:
     samples = 10**7
     sharding = Sharding(samples, 1000, 8, 1, 4)
-    everything = torch.arange(samples)
+    data, counts = numbered(samples), []
     started = time.process_time()
     tracemalloc.start()
     try:
         order = TensorSampler(samples, seed=42).order(3)
-        shares = shares_of(Dataset(everything, everything), order, sharding)
-        for step in range(0, sharding.steps, 100):
-            sharding.bounds(step, 5)
+        for cut in (cut_one_by_one, cut_side_by_side):
+            steps = cut(data, order, sharding, 0)
+            counts.append(sum(int((piece.targets != IGNORED).sum()) for pieces in steps for piece in pieces))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 2**20  # a list of the indices takes over 80 MB; tensors are not traced
+    assert peak < 2**21  # a list of the indices takes over 80 MB; tensors are not traced
     assert time.process_time() - started < 20
-    assert sum(len(share.inputs) for share in shares.values()) == samples // 4
-    assert torch.equal(order.sort().values, everything)
+    assert counts == [samples // 4] * 2
+    assert torch.equal(order.sort().values, data.targets)
 
 
 # ---- many ranks
@@ -172,14 +212,14 @@ def test_work_per_rank_does_not_grow_with_the_number_of_ranks() -> None:
     """Each of 1,024 ranks holds and computes its own micro-batch only."""
     samples, micro_batches, world = 1024 * 50 + 7, 1024, 1024
     order = TensorSampler(samples, seed=42).order(3)
-    everything = torch.arange(samples)
+    data = numbered(samples)
     used = torch.zeros(samples, dtype=torch.int64)
     for rank in range(world):
         sharding = Sharding(samples, 4096, micro_batches, rank, world)
         assert list(sharding.owned()) == [rank]
-        [(number, share)] = shares_of(Dataset(everything, everything), order, sharding).items()
-        assert len(share.inputs) in (50, 51)
-        used[share.inputs] += 1
-        assert sharding.bounds(0, number) == (0, 4)
-        assert sharding.bounds(sharding.steps - 1, number)[1] == len(share.inputs)
+        share = torch.cat([piece.targets for [piece] in cut_one_by_one(data, order, sharding, 0)])
+        assert len(share) in (50, 51)
+        used[share] += 1
+        assert sharding.bounds(0, rank) == (0, 4)
+        assert sharding.bounds(sharding.steps - 1, rank)[1] == len(share)
     assert (used == 1).all()
