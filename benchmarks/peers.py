@@ -120,7 +120,7 @@ def train_with_package(
     job: Job, samples: Dataset, epochs: int, *, reduction: Literal["exact", "fast"], v: int
 ) -> Figures:
     """This package as a user calls it, with log, heartbeats, checkpoints and evaluation (of one point)."""
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.gettempdir()) / f"ddp_circles-benchmark-{os.environ['MASTER_PORT']}"  # the same on all ranks
     config = Config(
         hidden=HIDDEN,
         lr=LEARNING_RATE,
@@ -138,7 +138,8 @@ def train_with_package(
     try:
         metrics = fit(config, data=Split(samples, one)).metrics
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if int(os.environ["RANK"]) == 0:  # the only one that knows when all is written
+            shutil.rmtree(folder, ignore_errors=True)
     return metrics["train/loss"], metrics["train/accuracy"]
 
 
