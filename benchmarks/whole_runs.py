@@ -2,6 +2,7 @@
 
 ranks: wide layers and large batches, two ranks against one.
 batches: the batch size from which a second rank speeds up the default network.
+micro_batches: the default run by the number of micro-batches, on one rank and on two.
 samples: memory and time per epoch for 10^4 to 10^8 points on two ranks.
 records: the cost of tracking, checkpoints and progress lines with the default settings.
 start: start-up, up to the end of the first optimizer step, against a bare script.
@@ -175,6 +176,20 @@ def _epoch_speedup(batch: int, rounds: int) -> Spread:
     return ratio(alternate(rounds, {"1": partial(epoch_seconds, 1), "2": partial(epoch_seconds, 2)}), "1", "2")
 
 
+# ---- the number of micro-batches
+
+
+def measure_micro_batches(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time the training of the default run by V, without start-up."""
+    results = {}
+    for ranks in (1, 2):
+        variants = {str(v): partial(_training_seconds, ranks, *QUIET, f"--micro-batches={v}") for v in (4, 8, 16, 32)}
+        seconds = alternate(arguments.rounds, variants)
+        against_8 = {v: asdict(ratio(seconds, v, "8")) for v in variants}
+        results[str(ranks)] = {"seconds": seconds, "seconds_over_those_of_8": against_8}
+    return {"results": results}
+
+
 # ---- more samples
 
 
@@ -221,8 +236,19 @@ def measure_records(arguments: argparse.Namespace) -> dict[str, Any]:
     Also compares whole runs with runs that record as little as possible; this includes the work of tracking in other
     processes, and the noise of the machine.
     """
-    bare = ("--wandb", "disabled", "--log-every", "1000000", "--checkpoint-seconds", "1000000")
-    variants = {"recorded": partial(_training_seconds, "--wandb", "offline"), "bare": partial(_training_seconds, *bare)}
+    tracked = ("--device", "cpu", "--no-plots", "--wandb", "offline")
+    bare = (
+        "--device",
+        "cpu",
+        "--no-plots",
+        "--wandb",
+        "disabled",
+        "--log-every",
+        "1000000",
+        "--checkpoint-seconds",
+        "1000000",
+    )
+    variants = {"recorded": partial(_training_seconds, 1, *tracked), "bare": partial(_training_seconds, 1, *bare)}
     seconds = alternate(arguments.rounds, variants)
     with SPAWN.Pool(1, maxtasksperchild=1) as pool:
         shares = [pool.apply(recording_share) for _ in range(arguments.rounds)]
@@ -233,8 +259,8 @@ def measure_records(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _training_seconds(*flags: str) -> float:
-    _, rows = train(1, "--device", "cpu", "--no-plots", *flags)
+def _training_seconds(ranks: int, *flags: str) -> float:
+    _, rows = train(ranks, *flags)
     return sum(float(row["seconds"]) for row in rows)
 
 
@@ -289,6 +315,7 @@ def _first_step(ranks: int, module: str, *flags: str) -> float:
 MEASUREMENTS = {
     "ranks": measure_ranks,
     "batches": measure_batches,
+    "micro_batches": measure_micro_batches,
     "samples": measure_samples,
     "records": measure_records,
     "start": measure_start,
