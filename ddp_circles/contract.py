@@ -313,8 +313,6 @@ def _check_targets(name: str, targets: Tensor, logits: Tensor) -> torch.dtype:
                 f"{name}: the probabilities of sample {unsure[0]} add up to {unsure[1]:g}, not 1: for classes that do "
                 "not exclude each other pass loss=, such as binary_cross_entropy_with_logits with reduction='sum'"
             )
-    if floating:
-        return targets.dtype
     return logits.dtype if binary or probabilities else torch.int64
 
 

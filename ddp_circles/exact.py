@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -48,24 +48,27 @@ Pass = tuple[nn.Module, AbstractContextManager[object]]
 """The model that a micro-batch goes through, and the context of its forward and backward pass."""
 
 
+class Surroundings(TypedDict):
+    """The arguments that both reducers of exact sums take."""
+
+    micro_batches: int
+    """V."""
+    tally: LocalTally
+    stop_requested: Callable[[], bool]
+    """Called once per step."""
+    device: torch.device
+
+
 class _IntegerSums(ABC):
     """From a rank's integers to the gradients of all ranks: a DDP communication hook; at world one called directly.
 
-    `bare`: the module, all of whose parameters must take part in the loss. `replica`: the DDP wrapper of what goes
-    through it; in a world of one what is wrapped otherwise. `micro_batches`: V. `stop_requested`: called once per step.
+    `bare`: the module, all of whose parameters must take part in the loss. `replica`: the DDP wrapper of the module
+    that micro-batches go through; in a world of one that module.
     """
 
-    def __init__(
-        self,
-        bare: nn.Module,
-        replica: nn.Module,
-        *,
-        micro_batches: int,
-        tally: LocalTally,
-        stop_requested: Callable[[], bool],
-        device: torch.device,
-    ) -> None:
-        self.micro_batches = micro_batches
+    def __init__(self, bare: nn.Module, replica: nn.Module, **given: Unpack[Surroundings]) -> None:
+        self.micro_batches, self._tally = given["micro_batches"], given["tally"]
+        self._stop_requested, device = given["stop_requested"], given["device"]
         self._named = [(name, value) for name, value in bare.named_parameters() if value.requires_grad]
         self._parameters = [parameter for _, parameter in self._named]
         self._places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
@@ -73,11 +76,9 @@ class _IntegerSums(ABC):
         self._size = sum(self._sizes)
         self._integers: Tensor | None = None
         """The sum over this rank's micro-batches, in the order of the parameters; None if there is none."""
-        self._limit = torch.tensor([largest_term(micro_batches, GRADIENT_BITS)], device=device)
-        self._tally = tally
-        self._stop_requested = stop_requested
+        self._limit = torch.tensor([largest_term(self.micro_batches, GRADIENT_BITS)], device=device)
         self._bad, *self._flags = torch.tensor([[0], [0], [1]], device=device).unbind()
-        self._sums = torch.zeros(len(tally.names) + 2, dtype=torch.int64, device=device)
+        self._sums = torch.zeros(len(self._tally.names) + 2, dtype=torch.int64, device=device)
         self._alone = not isinstance(replica, DistributedDataParallel)
         if isinstance(replica, DistributedDataParallel):
             # Held weakly: DDP keeps its hook's state where no garbage collector sees it, and this holds the replica.
@@ -94,9 +95,12 @@ class _IntegerSums(ABC):
         """Units by name, values out of range and stop requests of all ranks in the last step; int64."""
         return self._sums
 
-    def _riding(self, units: Tensor, accuracy: Tensor, peak: Tensor) -> list[Tensor]:
-        """The integers that ride with the gradients: units by name, out-of-range flag, stop flag."""
-        bad = torch.logical_not(peak < self._limit, out=self._bad)  # NaN is out of range
+    def _riding(self, units: Tensor, accuracy: Tensor, below: Tensor) -> list[Tensor]:
+        """The integers that ride with the gradients: units by name, out-of-range flag, stop flag.
+
+        `below`: True if all that was rounded was below the limit of its range; NaN is not.
+        """
+        bad = torch.logical_not(below, out=self._bad)
         return [units, accuracy, bad, self._flags[self._stop_requested()]]
 
     def _deliver(self, riding: list[Tensor]) -> None:
@@ -115,7 +119,7 @@ class _IntegerSums(ABC):
         pieces = self._integers.split(self._sizes)
         return [pieces[self._places[id(parameter)]] for parameter in bucket.parameters()]
 
-    def _take_apart(self, total: Tensor, buffer: Tensor) -> Future[Tensor]:
+    def _hand_out(self, total: Tensor, buffer: Tensor) -> Future[Tensor]:
         """Put the gradients at the head of a sum over all ranks into the last bucket; the rest rode with them."""
         size = buffer.numel()
         self._integers, self._sums = None, total[size:]
@@ -127,16 +131,17 @@ class _IntegerSums(ABC):
 class SideBySideReducer(_IntegerSums):
     """Exact sums for micro-batches that go through the network side by side, in one pass."""
 
-    def __init__(self, network: SideBySide, replica: nn.Module, **shared: Any) -> None:
-        super().__init__(network.bare, replica, **shared)
+    def __init__(self, network: SideBySide, replica: nn.Module, **given: Unpack[Surroundings]) -> None:
+        super().__init__(network.bare, replica, **given)
         self._network = network
         self._scales = torch.full((self._size + 1,), 2.0**GRADIENT_BITS, device=self._limit.device)
         self._scales[-1] = 2.0**LOSS_BITS
-        self._limit *= 2.0**GRADIENT_BITS
+        self._most_units = self._limit * 2.0**GRADIENT_BITS
         self._pass: Pass = (replica, _AtExit(self.finish))
         self._riders: list[Tensor] = []
-        self._all = torch.cat([parameter.flatten() for parameter in self._parameters]).sum()
-        """Depends on every parameter, and so can start DDP's hook."""
+        if not self._alone:
+            self._dependent = torch.cat([parameter.flatten() for parameter in self._parameters]).sum()
+            """A number that depends on every parameter."""
 
     def passes(self, count: int) -> list[Pass]:  # noqa: ARG002 - always one
         """The one pass of this rank's micro-batches in one step, which sums over all ranks."""
@@ -150,15 +155,15 @@ class SideBySideReducer(_IntegerSums):
         """End the backward pass: round each slice's gradient and loss; sum them on the rank, then over the ranks."""
         losses, accuracy = self._tally.take_apart()
         scaled = self._network.take_gradients(losses).mul_(self._scales)  # by powers of two, so without rounding
-        peak = torch.linalg.vector_norm(scaled, torch.inf)
+        below = torch.linalg.vector_norm(scaled, torch.inf) < self._most_units
         integers = scaled.round_().long().sum(0)
         self._integers = integers[:-1]
-        riding = self._riding(integers[-1:], accuracy, peak)
+        riding = self._riding(integers[-1:], accuracy, below)
         if self._alone:
             self._deliver(riding)
         else:
             self._riders = riding
-            self._all.backward(retain_graph=True)  # every parameter has a gradient: DDP calls the hook
+            self._dependent.backward(retain_graph=True)  # gives every parameter a gradient: DDP calls the hook
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum the one DDP bucket over all ranks, with everything that rides with it. Raises if that fails.
@@ -167,14 +172,14 @@ class SideBySideReducer(_IntegerSums):
         """
         assert bucket.is_last()
         total = sum_over_ranks(torch.cat([*self._pieces(bucket), *self._riders]))
-        return self._take_apart(total, bucket.buffer())
+        return self._hand_out(total, bucket.buffer())
 
 
 class ExactReducer(_IntegerSums):
     """Exact sums for micro-batches that go through the network one after another."""
 
-    def __init__(self, bare: nn.Module, replica: nn.Module, **shared: Any) -> None:
-        super().__init__(bare, replica, **shared)
+    def __init__(self, bare: nn.Module, replica: nn.Module, **given: Unpack[Surroundings]) -> None:
+        super().__init__(bare, replica, **given)
         self._waiting: list[Tensor] = []
         self._most_waiting = max(1, WAITING_ELEMENTS // self._size) * len(self._named)
         self._peaks: list[Tensor] = []
@@ -217,7 +222,7 @@ class ExactReducer(_IntegerSums):
         self.accumulate()
         values, accuracy = self._tally.take_apart()
         units = self._add_waiting(values * LOSS_SCALE)
-        self._deliver(self._riding(self._by_name(units), accuracy, self._take_peak()))
+        self._deliver(self._riding(self._by_name(units), accuracy, self._take_peak() < self._limit))
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum one DDP bucket over all ranks: the last micro-batch's gradients plus those accumulated before.
@@ -236,10 +241,10 @@ class ExactReducer(_IntegerSums):
         integers, units = rounded[: buffer.numel()], rounded[buffer.numel() :]
         self._add_accumulated(integers, bucket)
         self._reduced = True
-        riding = self._riding(self._by_name(units), accuracy, self._take_peak())
+        riding = self._riding(self._by_name(units), accuracy, self._take_peak() < self._limit)
         # Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
         # than the sum of a small model.
-        return self._take_apart(sum_over_ranks(torch.cat([integers, *riding])), buffer)
+        return self._hand_out(sum_over_ranks(torch.cat([integers, *riding])), buffer)
 
     def _add_accumulated(self, integers: Tensor, bucket: GradBucket) -> None:
         """Add the integers of the micro-batches before to a bucket's `integers`."""

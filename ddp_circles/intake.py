@@ -33,7 +33,7 @@ class Intake:
     metrics: dict[str, Metric]
     data_digest: str | None
     """Of the caller's own data."""
-    is_own: bool
+    is_default: bool
     """True if model, loss and metrics are the configuration's."""
     has_accuracy: bool
     """True if accuracy means something for these logits and targets."""
@@ -59,6 +59,7 @@ def take_in(
     world.check_alike(
         {
             "data": own_data,
+            "model= or none": str(model is not None),
             "loss= or none": str(loss is not None),
             "metrics": " ".join(named),
             "layers": str([(name, type(layer).__qualname__) for name, layer in bare.named_modules()]),
@@ -84,8 +85,8 @@ def take_in(
         if (taken := split.train.inputs.dtype) != given:
             world.say(f"the inputs of data= are converted from {given} to {taken}, as the parameters are")
         _compare_tries(world, tried)
-    is_own = model is None and loss is None and not named
-    return Intake(bare, split, loss or loss_sum, named, own_data or None, is_own, accuracy)
+    is_default = model is None and loss is None and not named
+    return Intake(bare, split, loss or loss_sum, named, own_data or None, is_default, accuracy)
 
 
 def _without_data(check: Callable[[], T]) -> T:

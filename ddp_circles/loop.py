@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
@@ -92,6 +93,7 @@ class Training:
     cut: Cut = cut_one_by_one
     """Takes the micro-batches of an epoch apart as the passes through `model` need them."""
     evaluation_batch: int = EVALUATION_BATCH
+    """Most test samples that go through `model` together, over all ranks."""
 
     def sharding(self, samples: int, batch_size: int) -> Sharding:
         """The cut of `samples` for the ranks of this world."""
@@ -133,20 +135,25 @@ def train_epoch(training: Training, progress: Progress) -> None:
 
 @torch.inference_mode()
 def evaluate(training: Training, progress: Progress, sharding: Sharding, steps: list[list[Dataset]]) -> Tally:
-    """Sum the figures over the test set: every sample once, cut alike at any number of ranks, outside of DDP."""
+    """Sum the figures over the test set: every sample once, cut alike at any number of ranks, outside of DDP.
+
+    The ranks agree after `EVALUATION_BATCH` samples, which may be those of several `steps`.
+    """
     model, tally, total = training.model, training.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
     reader = SumsReader(delay=0, seconds=training.world.patience, waiting=waiting)
     model.eval()
-    for step, pieces in enumerate(steps):
-        for inputs, targets in pieces:
+    together = max(1, min(len(steps), EVALUATION_BATCH // sharding.batch_size))
+    for first in range(0, len(steps), together):
+        for inputs, targets in chain(*steps[first : first + together]):
             logits = model(inputs)
             tally.add(training.loss(logits, targets), logits, targets)
-        local = torch.cat([tally.take(sharding.micro_batches), stop_flag.fill_(training.events.stop_requested())])
-        reader.post(step, sharding.seen(step + 1), training.world.sum(local))
-        (sums,) = reader.read()
-        _add(tally, total, sums, f"in the evaluation after epoch {progress.epoch}")
-        if sums.stop_requests:
+        sums = tally.take(sharding.micro_batches * together)
+        local = torch.cat([sums, stop_flag.fill_(training.events.stop_requested())])
+        reader.post(first, sharding.seen(first + together), training.world.sum(local))
+        (agreed,) = reader.read()
+        _add(tally, total, agreed, f"in the evaluation after epoch {progress.epoch}")
+        if agreed.stop_requests:
             training.events.save(progress)
             raise StopRequestedError
     return total

@@ -10,9 +10,9 @@ from ddp_circles.models import IGNORED
 from ddp_circles.sharding import Sharding
 
 Cut = Callable[[Dataset, Tensor, Sharding, int], Iterator[list[Dataset]]]
-"""Samples, their order, its sharding and the first step: for each step from there on, what the passes take; never
-nothing."""
-LEAST_SLICES = 2
+"""From samples, their order, its sharding and a first step: for each step from there on, what this rank's passes take.
+
+One of them at least."""
 ROWS = 32
 BLOCK_ROWS = 2**20
 """Most rows, over all slices, that are put in order together; those of one step always are."""
@@ -38,7 +38,8 @@ def cut_side_by_side(samples: Dataset, order: Tensor, sharding: Sharding, first:
     [slices * rows], there `IGNORED`.
     """
     device = samples.inputs.device
-    rows, slices = rows_of(sharding), slices_of(sharding.micro_batches, sharding.world_size)
+    rows = rows_of(sharding.batch_size, sharding.micro_batches)
+    slices = slices_of(sharding.micro_batches, sharding.world_size)
     order, occupied = order.to(device), len(sharding.owned())
     numbers = torch.arange(slices, device=device).view(-1, 1) * sharding.world_size + sharding.rank
     row_starts = torch.arange(rows, device=device) * sharding.micro_batches
@@ -57,14 +58,14 @@ def cut_side_by_side(samples: Dataset, order: Tensor, sharding: Sharding, first:
             yield [Dataset(*piece)]
 
 
-def rows_of(sharding: Sharding) -> int:
-    """Rows of a slice: enough for any micro-batch of `sharding`."""
-    return filled_up(-(-sharding.batch_size // sharding.micro_batches), ROWS)
+def rows_of(batch_size: int, micro_batches: int) -> int:
+    """Rows of a slice: enough for any micro-batch of a step."""
+    return filled_up(-(-batch_size // micro_batches), ROWS)
 
 
 def slices_of(micro_batches: int, world_size: int) -> int:
     """Slices of every rank: enough for the one that runs the most of `micro_batches`."""
-    return max(LEAST_SLICES, -(-micro_batches // world_size))
+    return max(min(2, micro_batches), -(-micro_batches // world_size))
 
 
 def filled_up(count: int, unit: int) -> int:

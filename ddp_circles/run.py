@@ -20,7 +20,7 @@ from ddp_circles import loop
 from ddp_circles.config import Config, flags_of, in_arguments, naming_arguments
 from ddp_circles.data import Split
 from ddp_circles.errors import EXIT_STOPPED, StopRequestedError, UserError
-from ddp_circles.exact import ExactReducer, SideBySideReducer
+from ddp_circles.exact import ExactReducer, SideBySideReducer, Surroundings
 from ddp_circles.fast import FastReducer
 from ddp_circles.intake import Intake, share_points, take_in
 from ddp_circles.job.faults import Fault, Rehearsal
@@ -119,6 +119,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         return Result(bare, found.state["metrics"], path, world.ranks.is_main)
     split = given.split or share_points(config, world).to(world.device)
     passes = choose_passes(config, world, given, split)
+    found.note_way(passes.way, world.ranks)
 
     optimizer = OPTIMIZERS[config.optimizer](bare.parameters(), lr=config.lr, fused=True)
     tally = LocalTally(
@@ -191,15 +192,15 @@ def _make_reducer(
     if idle > 0 and world.ranks.is_main:
         feeds = f"--micro-batches {config.micro_batches} feeds no more"
         warn(in_arguments(f"{idle} ranks have nothing to compute: {feeds}"))
-    shared: dict[str, Any] = {
+    given: Surroundings = {
         "micro_batches": config.micro_batches,
         "tally": tally,
         "stop_requested": stop_requested,
         "device": world.device,
     }
     if isinstance(network, SideBySide):
-        return SideBySideReducer(network, replica, **shared)
-    return ExactReducer(network, replica, **shared)
+        return SideBySideReducer(network, replica, **given)
+    return ExactReducer(network, replica, **given)
 
 
 def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, optimizer: Optimizer) -> Writer:
@@ -243,7 +244,7 @@ def _summary(
         "world_size": world.ranks.world_size,
         "reduction": config.reduction,
         "micro_batches": config.micro_batches,
-        "passes": way,
+        "micro_batches_run": way,
         "epochs": progress.epoch,
         "steps": recorder.global_step(progress),
         "resumed_from_step": found.state.get("global_step"),

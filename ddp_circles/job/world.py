@@ -148,9 +148,9 @@ class World:
         lasting = getattr(self.store, "underlying_store", self.store)
         return lasting.compare_set(f"ddp_circles/first word {self.number}", "", word).decode()
 
-    def sum(self, integers: Tensor) -> Tensor:
-        """Sum a row of int64 `integers` over all ranks; the bits do not depend on the order of addition."""
-        return sum_over_ranks(integers) if self.ranks.world_size > 1 else integers
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Sum a row of numbers over all ranks; of integers, the bits do not depend on the order of addition."""
+        return sum_over_ranks(numbers) if self.ranks.world_size > 1 else numbers
 
     def on_rank_0(self, action: Callable[[], Plain]) -> Plain:
         """Call `action` on rank 0 alone; returns its result, or raises its `UserError`, on every rank."""

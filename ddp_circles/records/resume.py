@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ddp_circles.errors import UserError, naming
 from ddp_circles.job.fingerprint import fingerprint
+from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.world import World
 from ddp_circles.metrics import Progress, Tally
 from ddp_circles.models import load_state
@@ -37,6 +38,13 @@ class Found:
     """Everything besides the configuration that this rank's bits depend on."""
     launches: list[str]
     """The launchers' names of this launch, over all ranks."""
+
+    def note_way(self, way: str, ranks: Ranks) -> None:
+        """Add to the fingerprint the way that micro-batches run; rank 0 warns if the run began in another one."""
+        now = {"micro_batches_run": way.partition(":")[0]}
+        self.fingerprint.update(now)
+        if self.state and ranks.is_main:
+            _warn_of_changes(self.state["fingerprint"], now)
 
     def restore_model(self, model: nn.Module) -> None:
         """Load the checkpoint's weights into `model`; raises `UserError` if they are those of another model."""
@@ -103,8 +111,8 @@ def open_run(
             return state, False
         _check_same_run(settings, state["settings"], opened.path)
         is_done = _is_done(opened, state, epochs)
-        if not is_done and (changed := _changed(state["fingerprint"], marks)):
-            warn(f"this run goes on where {'; '.join(changed)}: the same bits are not promised")
+        if not is_done:
+            _warn_of_changes(state["fingerprint"], marks)
         return state, is_done
 
     state, is_done = world.on_rank_0(read)
@@ -178,13 +186,15 @@ def _spell(value: object) -> str:
     return visible(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 
-def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """The entries of a fingerprint that differ; an earlier version may have known fewer."""
-    return [
+def _warn_of_changes(before: dict[str, str], now: dict[str, str]) -> None:
+    """Warn if entries of a fingerprint differ; an earlier version may have known fewer."""
+    changed = [
         visible(f"{name} was {before[name] or 'not set'} and is {value or 'not set'}")
         for name, value in now.items()
         if before.get(name, value) != value
     ]
+    if changed:
+        warn(f"this run goes on where {'; '.join(changed)}: the same bits are not promised")
 
 
 def _compare_ranks(world: World, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:

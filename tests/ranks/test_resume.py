@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ddp_circles.records import run_dir as run_dirs
-from ddp_circles.records.checkpoint import Checkpoints, State, encode
+from ddp_circles.records.checkpoint import VERSION, Checkpoints, State, encode
 from ddp_circles.records.recorder import Recorder
 from tests.harness.ranks import Job, Outcome
 from tests.harness.runs import (
@@ -243,7 +243,10 @@ def test_without_a_good_checkpoint_nothing_starts_over_by_itself(tmp_path: Path)
 
 
 OTHER: dict[int, tuple[State, str]] = {
-    1: ({"version": 2}, "another version of this package wrote it (its form is 2, not 1); no good checkpoint is left"),
+    1: (
+        {"version": VERSION - 1},
+        f"another version of this package wrote it (its form is {VERSION - 1}, not {VERSION}); no good checkpoint",
+    ),
     2: ({"optimizer": {"state": {}, "param_groups": []}}, "holds a run with another optimizer"),
     3: ({"optimizer": {}}, "holds a run with another optimizer"),
 }

@@ -22,6 +22,7 @@ RECIPES = {
     "odd widths": ("--hidden", "7", "5", "3", "--n-samples=1250", "--batch-size=501", "--epochs=3"),
     "no hidden layer": ("--dataset=moons", "--hidden", "--batch-size=100", "--epochs=3"),
     "two threads": ("--threads=2", "--hidden", "64", "64", "--n-samples=3000", "--batch-size=1000", "--epochs=2"),
+    "large test set": ("--n-samples=40000", "--test-fraction=0.9", "--batch-size=1000", "--epochs=1"),
     "V = 1": ("--micro-batches=1", "--epochs=2"),
     "one by one": ("--hidden", "200", "200", "--batch-size=512", "--epochs=3"),
     "blobs, V = 6": ("--recipe=model_4", "--batch-size=50", "--micro-batches=6", "--optimizer=adam", "--epochs=2"),

@@ -11,17 +11,17 @@ from tests.harness.runs import PROJECT
 
 
 @pytest.mark.thorough
-def test_throughput_of_all_contenders_that_need_no_other_package(tmp_path: Path) -> None:
-    contenders = ["floor", "fast", "exact", "exact-8", "tutorial"]
-    words = ["--ranks", "1", "2", "--starts", "1", "--rounds", "1", "--epochs", "1", "--n-samples", "400"]
+@pytest.mark.timeout(300)
+def test_throughput_of_contenders_that_need_no_other_package(tmp_path: Path) -> None:
+    contenders = ["floor", "exact-8", "tutorial"]
+    words = ["--ranks", "2", "--starts", "1", "--rounds", "1", "--epochs", "1", "--n-samples", "400"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.throughput", *words, "--only", *contenders, "--output", tmp_path / "found"],
-        cwd=PROJECT, capture_output=True, text=True, timeout=200,
+        cwd=PROJECT, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["results"]
-    for ranks in ("1", "2"):
-        assert set(found[ranks]) == set(contenders)
-        losses = [figures["loss"] for figures in found[ranks].values()]
-        assert losses == pytest.approx([losses[0]] * len(losses), abs=0.02)  # all train the same network
+    assert set(found["2"]) == set(contenders)
+    losses = [figures["loss"] for figures in found["2"].values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=0.02)  # all train the same network
     assert {path.name for path in tmp_path.iterdir()} == {"found.json", "found.md", "found.png"}
