@@ -30,7 +30,7 @@ class Tally:
     @property
     def means(self) -> dict[str, float]:
         """Means per sample, by name; of right answers the share, 0 to 1."""
-        return {name: units / 2.0**LOSS_BITS / self.count for name, units in self.units.items()}
+        return {name: units / (self.count << LOSS_BITS) for name, units in self.units.items()}
 
 
 @dataclass
