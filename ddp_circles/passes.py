@@ -20,14 +20,12 @@ from ddp_circles.side_by_side import SideBySide, can_go_side_by_side, find_diffe
 from ddp_circles.terminal import warn
 
 MOST_WORK = 2**19
-"""Most rows of a slice times elements of the matrices: above it, arithmetic outweighs the fixed costs of a pass.
+"""Most rows times elements of the matrices, for each micro-batch of a step that holds a sample.
 
-Mean over the micro-batches that hold a sample, so that filling up with zeros costs no more than it saves.
+Above it, arithmetic outweighs the fixed costs of a pass. Rows and slices that zeros fill up are counted too.
 """
 MOST_VALUES = 2**24
-"""Most values that the V slices of a step hold together, activations and gradients."""
-
-
+"""Most values that V slices hold together, activations and gradients."""
 LARGE = "each micro-batch is large"
 
 
