@@ -14,6 +14,7 @@ from ddp_circles import Config, Dataset, Split, fit
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import read_ranks
 from ddp_circles.job.world import open_world
+from ddp_circles.models import Classifier
 from tests.harness.ranks import Job, forget_launcher, free_port, run_ranks
 from tests.harness.runs import PLAIN, QUIET, bits, finish, status, train_hastily
 
@@ -107,6 +108,12 @@ class Counting(nn.Module):
         return logits
 
 
+def default_network(config: Config) -> nn.Module:
+    """The network that `fit` makes by itself."""
+    torch.manual_seed(config.seed)
+    return Classifier(2, config.hidden, config.activation, 2)
+
+
 def bring_own(folder: Path) -> list[str]:
     """The refusals where the last rank brings another model, another loss, other metrics, or what is refused."""
     ranks = read_ranks()
@@ -123,6 +130,7 @@ def bring_own(folder: Path) -> list[str]:
         {"model": Counting(seed=int(odd))},
         {"model": Counting(count=float(odd))},
         {"model": Counting(activation=nn.Tanh() if odd else nn.ReLU())},
+        {"model": default_network(config) if odd else None},  # equal in all but who made it
         {"loss": squares if odd else None},
         {"loss": squares},
         {"metrics": {"error" if odd else "mistake": squares}},
@@ -144,6 +152,7 @@ def test_every_rank_must_bring_the_same(size: int, tmp_path: Path) -> None:
         f"rank {last} was given other initial parameters and buffers than rank 0: make them alike",
         f"rank {last} was given other initial parameters and buffers than rank 0: make them alike",
         f"rank {last} was given other layers than rank 0: make them alike",
+        f"rank {last} was given other model= or none than rank 0: make them alike",
         f"rank {last} was given other loss= or none than rank 0: make them alike",
         "loss= of data.train is ",
         f"rank {last} was given other metrics than rank 0: make them alike",
@@ -154,12 +163,12 @@ def test_every_rank_must_bring_the_same(size: int, tmp_path: Path) -> None:
     ]
     for said, beginning in zip(refusals[0], expected, strict=True):
         assert said.startswith(beginning), said
-    assert " on rank 0 and " in refusals[0][4]
-    assert refusals[0][4].endswith(
+    assert " on rank 0 and " in refusals[0][5]
+    assert refusals[0][5].endswith(
         f"on rank {last}, from the same samples: give every rank the same model=, loss= and metrics="
     )
-    assert "dropout" in refusals[0][7].lower()
-    assert "data.train.inputs: sample 0 holds inf" in refusals[0][8]
+    assert "dropout" in refusals[0][8].lower()
+    assert "data.train.inputs: sample 0 holds inf" in refusals[0][9]
     assert not (tmp_path / "run").exists()
 
 
