@@ -50,23 +50,22 @@ class SideBySide(nn.Module):
         """Where in the matrices weights and biases go."""
         self._values: list[Tensor] = []
         """These weights and biases, turned as they lie there."""
-        self._chosen: list[Tensor] = []
-        """Numbers of their elements, in the order of the parameters, among those of all matrices."""
+        chosen: list[Tensor] = []
         linears = [layer for layer in bare.layers if isinstance(layer, nn.Linear)]
         widths = [filled_up(layer.out_features + 1, COLUMNS) for layer in linears[:-1]] + [linears[-1].out_features]
         heights = [linears[0].in_features + 1, *widths[:-1]]
         self.width = heights[0] + sum(widths)
         """Values of one row, over all layers."""
-        self.matrices = [self._add_matrix(*layer) for layer in zip(linears, heights, widths, strict=True)]
+        self.matrices = [self._add_matrix(*layer, chosen) for layer in zip(linears, heights, widths, strict=True)]
         """For each linear layer [slices, inputs, outputs], one matrix seen `slices` times; collects the gradients."""
         matrices = iter(self.matrices)
         self._layers = [next(matrices) if isinstance(layer, nn.Linear) else None for layer in bare.layers]
         """The layers in their order: a matrix, or None for an activation."""
-        self._chosen.append(torch.tensor([self.elements], device=linears[0].weight.device))
-        self._columns = torch.cat(self._chosen)
+        self._columns = torch.cat([*chosen, torch.tensor([self.elements], device=chosen[0].device)])
+        """Numbers of the parameters' elements, in their order, among those of all matrices; then that of the loss."""
 
-    def _add_matrix(self, layer: nn.Linear, height: int, width: int) -> Tensor:
-        """The matrix of one layer, into which `forward` copies its parameters."""
+    def _add_matrix(self, layer: nn.Linear, height: int, width: int, chosen: list[Tensor]) -> Tensor:
+        """The matrix of one layer, into which `forward` copies its parameters; adds their numbers to `chosen`."""
         inputs, outputs = layer.in_features, layer.out_features
         matrix = torch.zeros(height, width, device=layer.weight.device)
         if width > outputs:
@@ -75,7 +74,7 @@ class SideBySide(nn.Module):
         self.elements += matrix.numel()
         self._places += [matrix[:inputs, :outputs], matrix[inputs, :outputs]]
         self._values += [layer.weight.detach().t(), layer.bias.detach()]
-        self._chosen += [numbers[:inputs, :outputs].t().flatten(), numbers[inputs, :outputs]]
+        chosen += [numbers[:inputs, :outputs].t().flatten(), numbers[inputs, :outputs]]
         return matrix.expand(self.slices, -1, -1).requires_grad_()
 
     def forward(self, inputs: Tensor) -> Tensor:
