@@ -6,17 +6,18 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from ddp_circles.errors import UserError
 from ddp_circles.memory import require_memory
@@ -45,19 +46,34 @@ class Dataset(NamedTuple):
         return Dataset(self.inputs.to(device), self.targets.to(device))
 
 
-class Split(NamedTuple):
-    """Training samples and test samples."""
+Samples_co = TypeVar("Samples_co", default=Dataset, covariant=True)
 
-    train: Dataset
-    test: Dataset
 
-    def to(self, device: torch.device) -> "Split":
-        """Copy to `device`; samples already there are shared."""
-        return Split(self.train.to(device), self.test.to(device))
+class Split(NamedTuple, Generic[Samples_co]):
+    """Training samples and test samples: each a `Dataset`, or a map-style data set of (inputs, target)."""
 
-    def digest(self) -> str:
-        """Compute the SHA-256 of all samples, in hexadecimal; the same on any device."""
-        return digest((*self.train, *self.test))
+    train: Samples_co
+    test: Samples_co
+
+
+def mapped(function: Callable[[Tensor], Any], values: Any) -> Any:
+    """`values` with each tensor in its tuples, lists and dictionaries replaced by what `function` makes of it."""
+    if isinstance(values, Tensor):
+        return function(values)
+    if isinstance(values, Mapping):
+        return {key: mapped(function, value) for key, value in values.items()}
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(mapped(function, value) for value in values))
+    if isinstance(values, (tuple, list)):
+        return type(values)(mapped(function, value) for value in values)
+    return values
+
+
+def leaves(values: Any) -> list[Tensor]:
+    """The tensors in `values`, in their order."""
+    found: list[Tensor] = []
+    mapped(found.append, values)
+    return found
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

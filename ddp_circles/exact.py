@@ -4,6 +4,7 @@ Floating-point addition is not associative: the sum of the ranks' gradients depe
 the order in which the network adds them. Integer addition is associative. So each micro-batch's gradient is rounded, by
 itself, to a multiple of 2^-44 held in an int64; these integers are added on the rank, then over all ranks, and turned
 back into float32 once. Neither the rank that runs a micro-batch nor the order of addition can change a bit.
+What a forward pass changes in buffers is summed likewise.
 
 Resolution: 5.7e-14 is finer than the rounding of float32 for every gradient above 1e-6. Over whole trainings of the
 default recipe, `model_3` and `model_4`, the weights were those of float64 sums, to the bit.
@@ -12,8 +13,8 @@ Range: 2^62 / V units for each of V micro-batches, 32768 at V = 8. A value outsi
 travels with the sum, so that all ranks raise the same error at the same step instead of wrapping round.
 
 Cost: eight bytes instead of four for each gradient on the wire, and a few element-wise operations. Loss, accuracy,
-metrics, the range guard and the stop flag ride in the same collective. A rank's micro-batches go through a small
-network side by side, in one pass (`SideBySideReducer`), through any other one after another (`ExactReducer`).
+metrics, buffers, the range guard and the stop flag ride in the same collective. A rank's micro-batches go through a
+small network side by side, in one pass (`SideBySideReducer`), through any other one after another (`ExactReducer`).
 """
 
 # DistributedDataParallel compares the annotation objects of its hook: no postponed annotations in this module.
@@ -33,7 +34,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
+from ddp_circles.buffers import Buffers
+from ddp_circles.fixed_point import BUFFER_BITS, GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
 from ddp_circles.job.sums import sum_over_ranks
 from ddp_circles.metrics import LocalTally
 from ddp_circles.side_by_side import SideBySide
@@ -42,6 +44,8 @@ WAITING_ELEMENTS = 2**22
 """Most gradient elements that wait to be rounded together; those of one micro-batch always may."""
 LOSS_SCALE = torch.tensor(2.0 ** (LOSS_BITS - GRADIENT_BITS))
 """Turns units of losses and metrics into those of gradients, so that all are rounded and range-checked together."""
+BUFFER_SCALE = torch.tensor(2.0 ** (BUFFER_BITS - GRADIENT_BITS))
+"""The same for changes of buffers."""
 
 
 Pass = tuple[nn.Module, AbstractContextManager[object]]
@@ -176,10 +180,18 @@ class SideBySideReducer(_IntegerSums):
 
 
 class ExactReducer(_IntegerSums):
-    """Exact sums for micro-batches that go through the network one after another."""
+    """Exact sums for micro-batches that go through the network one after another.
 
-    def __init__(self, bare: nn.Module, replica: nn.Module, **given: Unpack[Surroundings]) -> None:
+    `buffers`: those that its forward pass changes, if any.
+    """
+
+    def __init__(
+        self, bare: nn.Module, replica: nn.Module, *, buffers: Buffers | None = None, **given: Unpack[Surroundings]
+    ) -> None:
         super().__init__(bare, replica, **given)
+        self._buffers = buffers
+        self._idle = False
+        """True in a step that leaves this rank no sample."""
         self._waiting: list[Tensor] = []
         self._most_waiting = max(1, WAITING_ELEMENTS // self._size) * len(self._named)
         self._peaks: list[Tensor] = []
@@ -189,7 +201,11 @@ class ExactReducer(_IntegerSums):
         self._reducing: Pass = (replica, _AtExit(self.deliver_own if self._alone else self.finish))
 
     def passes(self, count: int) -> list[Pass]:
-        """The passes of this rank's `count` micro-batches in one step; the last one sums over all ranks."""
+        """The passes of this rank's `count` micro-batches in one step; the last one sums over all ranks.
+
+        If there is none: that of an empty one.
+        """
+        self._idle = count == 0
         return [self._accumulating] * (count - 1) + [self._reducing]
 
     def weight(self, samples: int) -> Tensor:
@@ -205,6 +221,8 @@ class ExactReducer(_IntegerSums):
                 raise ValueError(self._without_gradient(name))
             self._waiting.append(parameter.grad)
             parameter.grad = None
+        if self._buffers is not None:
+            self._buffers.take_changes()
 
     def finish(self) -> None:
         """End a step's last backward pass, in which the hook has put the sums in place."""
@@ -212,6 +230,7 @@ class ExactReducer(_IntegerSums):
             missing = [name for name, parameter in self._named if parameter.grad is None]
             raise ValueError(self._without_gradient(*missing))
         self._reduced = False
+        self._change_buffers()
 
     @staticmethod
     def _without_gradient(*names: str) -> str:
@@ -221,8 +240,9 @@ class ExactReducer(_IntegerSums):
         """End a step's last backward pass at world one."""
         self.accumulate()
         values, accuracy = self._tally.take_apart()
-        units = self._add_waiting(values * LOSS_SCALE)
-        self._deliver(self._riding(self._by_name(units), accuracy, self._take_peak() < self._limit))
+        units = self._add_waiting(*self._to_round(values))
+        self._deliver(self._all_riding(units, len(values), accuracy))
+        self._change_buffers()
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum one DDP bucket over all ranks: the last micro-batch's gradients plus those accumulated before.
@@ -236,12 +256,15 @@ class ExactReducer(_IntegerSums):
             integers = self._rounded([buffer])
             self._add_accumulated(integers, bucket)
             return _sum_meanwhile(buffer, integers)
+        if self._buffers is not None:
+            # The forward pass is over. An empty micro-batch changes nothing that counts.
+            self._buffers.put_back() if self._idle else self._buffers.take_changes()
         values, accuracy = self._tally.take_apart()
-        rounded = self._rounded([buffer, values * LOSS_SCALE])
+        rounded = self._rounded([buffer, *self._to_round(values)])
         integers, units = rounded[: buffer.numel()], rounded[buffer.numel() :]
         self._add_accumulated(integers, bucket)
         self._reduced = True
-        riding = self._riding(self._by_name(units), accuracy, self._take_peak() < self._limit)
+        riding = self._all_riding(units, len(values), accuracy)
         # Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
         # than the sum of a small model.
         return self._hand_out(sum_over_ranks(torch.cat([integers, *riding])), buffer)
@@ -275,9 +298,24 @@ class ExactReducer(_IntegerSums):
         peaks, self._peaks = self._peaks, []
         return peaks[0] if len(peaks) == 1 else torch.stack(peaks).max()
 
-    def _by_name(self, units: Tensor) -> Tensor:
-        """The units of a rank's micro-batches, added up by name."""
-        return units.view(-1, self._tally.width).sum(0)
+    def _to_round(self, values: Tensor) -> list[Tensor]:
+        """What is rounded beside the gradients at the end of a step: losses and metrics, and changes of buffers."""
+        changes = [] if self._buffers is None else self._buffers.changes()
+        return [values * LOSS_SCALE, *(change * BUFFER_SCALE for change in changes)]
+
+    def _all_riding(self, units: Tensor, count: int, accuracy: Tensor) -> list[Tensor]:
+        """The integers that ride with the gradients, from the units of `_to_round`, of which `count` are of values."""
+        by_name = units[:count].view(-1, self._tally.width).sum(0)
+        riding = self._riding(by_name, accuracy, self._take_peak() < self._limit)
+        if (buffers := self._buffers) is not None:
+            riding += [buffers.added_up(units[count:]), buffers.counts()]
+        return riding
+
+    def _change_buffers(self) -> None:
+        """Take the sums of the buffers' changes out of those that rode with the gradients."""
+        if self._buffers is not None:
+            self._sums, changes = self._sums.split([len(self._sums) - self._buffers.width, self._buffers.width])
+            self._buffers.apply(changes)
 
 
 def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:

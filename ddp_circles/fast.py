@@ -1,12 +1,13 @@
 """Plain DistributedDataParallel: the fastest sums, and no promise about their last bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ddp_circles.exact import Pass
+from ddp_circles.job.sums import copy_from_rank_0
 from ddp_circles.job.world import World
 from ddp_circles.metrics import LocalTally
 
@@ -18,19 +19,23 @@ class FastReducer:
     """Plain DDP: one micro-batch per rank, the backend's own all-reduce, no promise about the last bits.
 
     The ranks agree on metrics and stop requests every `AGREES_EVERY` steps and after an epoch's last. `replica`:
-    the DDP wrapper; in a world of one the bare module.
+    the DDP wrapper; in a world of one the bare module. `buffers`: those of `bare` that its forward pass changes, by
+    name; rank 0's are taken over before each evaluation, as DDP does before each forward pass.
     """
 
     def __init__(
         self,
+        bare: nn.Module,
         replica: nn.Module,
         *,
+        buffers: Sequence[str] = (),
         world: World,
         tally: LocalTally,
         stop_requested: Callable[[], bool],
     ) -> None:
         self.micro_batches = world.ranks.world_size
-        self._parameters = [parameter for parameter in replica.parameters() if parameter.requires_grad]
+        self._bare, self._buffers = bare, buffers
+        self._parameters = [parameter for parameter in bare.parameters() if parameter.requires_grad]
         self._pass: Pass = (replica, nullcontext())
         self._world = world
         self._tally = tally
@@ -38,8 +43,8 @@ class FastReducer:
         self._flag = torch.tensor([[0], [1]], device=world.device)
 
     def passes(self, count: int) -> list[Pass]:
-        """The passes of this rank's `count` micro-batches in one step, through DDP."""
-        return [self._pass] * count
+        """The one pass of this rank's micro-batch in one step, through DDP; of an empty one if `count` is 0."""
+        return [self._pass] * max(1, count)
 
     def weight(self, samples: int) -> Tensor:
         """The factor of a micro-batch's summed loss that makes DDP's mean over ranks the mean over samples."""
@@ -52,6 +57,8 @@ class FastReducer:
         """
         if not last and (step + 1) % AGREES_EVERY:
             return None
+        if last and self._world.ranks.world_size > 1:
+            copy_from_rank_0([self._bare.get_buffer(name) for name in self._buffers])
         sums = self._tally.take(self.micro_batches * AGREES_EVERY)
         # An earlier step's NaN shows in the losses by now; this step's update may be about to be saved.
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]

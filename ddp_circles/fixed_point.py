@@ -7,6 +7,8 @@ GRADIENT_BITS = 44
 """Gradients are multiples of 2^-44 (5.7e-14)."""
 LOSS_BITS = 24
 """Loss sums are multiples of 2^-24 (6e-8), so that a sum may reach 5e11."""
+BUFFER_BITS = 34
+"""Changes of buffers are multiples of 2^-34 (6e-11), each below 3e7 for eight micro-batches."""
 _TWO_TO_THE = {power: torch.tensor(2.0**power) for bits in (GRADIENT_BITS, LOSS_BITS) for power in (bits, -bits)}
 """Scalar tensors, since a Python number would become one anew in every operation. Any device accepts them."""
 

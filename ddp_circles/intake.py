@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ddp_circles.config import Config
-from ddp_circles.contract import TOLERANCE, check_data, check_metrics, check_model, check_training
+from ddp_circles.contract import Part, check_data, check_metrics, check_model, identify
 from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest, make_points
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import spell_ranks
@@ -18,75 +18,122 @@ from ddp_circles.loop import LossFunction
 from ddp_circles.memory import require_memory
 from ddp_circles.metrics import Metric
 from ddp_circles.models import Classifier, class_count, loss_sum
+from ddp_circles.optimization import MakeOptimizer, MakeScheduler, Optimization, default_optimizer
+from ddp_circles.trial import TOLERANCE, Trial, Verdict
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Brought:
+    """The arguments of `fit` beside the configuration; None for what the configuration is to make."""
+
+    model: nn.Module | None = None
+    data: Split[Any] | None = None
+    loss: LossFunction | None = None
+    metrics: Mapping[str, Metric] | None = None
+    optimizer: MakeOptimizer | None = None
+    scheduler: MakeScheduler | None = None
+    max_grad_norm: float | None = None
+    workers: int = 0
+
+
+@dataclass(frozen=True)
 class Intake:
-    """The model, samples, loss and metrics of a run."""
+    """The parts of a run that its caller may bring, checked."""
 
     model: nn.Module
-    split: Split | None
-    """None while the configuration's points are still to be made: a finished run needs none."""
+    optimization: Optimization
     loss: LossFunction
     metrics: dict[str, Metric]
-    data_digest: str | None
-    """Of the caller's own data."""
     is_default: bool
     """True if model, loss and metrics are the configuration's."""
-    has_accuracy: bool
-    """True if accuracy means something for these logits and targets."""
+    workers: int
+    identities: dict[str, Any]
+    """What tells data, metrics and optimization from others, by name; a run that goes on must have the same."""
+    verdict: Verdict | None
+    """On samples, model, loss and metrics; None if the configuration's are to be made, and need no trial."""
 
 
-def take_in(
-    config: Config,
-    world: World,
-    model: nn.Module | None,
-    data: Split | None,
-    loss: LossFunction | None,
-    metrics: Mapping[str, Metric] | None,
-) -> Intake:
+def take_in(config: Config, world: World, brought: Brought) -> Intake:
     """Check what the caller of `fit` has brought, before anything is written; raises the same `UserError` on all ranks.
 
     What was not brought is the configuration's.
     """
     # Each rank checks what it was given, and all raise what one finds.
-    split = world.together(lambda: check_data(data) if data is not None else None)
-    named = world.together(partial(check_metrics, metrics))
-    bare = world.together(partial(_make_model, config, world, model)).to(world.device)
-    own_data = split.digest() if split is not None else ""
+    parts = world.together(partial(_check_data, config, brought))
+    metrics = world.together(partial(check_metrics, brought.metrics))
+    bare, optimization = world.together(partial(_make_model, config, world, brought))
+    identity = identify(parts) if parts is not None else ""
+    is_own = any(part is not None for part in (brought.optimizer, brought.scheduler, brought.max_grad_norm))
+    optimization_identity = optimization.identity() if is_own else ""
     world.check_alike(
         {
-            "data": own_data,
-            "model= or none": str(model is not None),
-            "loss= or none": str(loss is not None),
-            "metrics": " ".join(named),
+            "data": identity,
+            "model= or none": str(brought.model is not None),
+            "loss= or none": str(brought.loss is not None),
+            "metrics": " ".join(metrics),
+            "optimizer=, scheduler= or max_grad_norm=": optimization_identity,
             "layers": str([(name, type(layer).__qualname__) for name, layer in bare.named_modules()]),
             "initial parameters and buffers": digest([*bare.parameters(), *bare.buffers()]),
         }
     )
-    accuracy, exact = True, config.reduction == "exact"
-    if any(part is not None for part in (model, data, loss, metrics)):
-        split = (split or share_points(config, world)).to(world.device)
-        check = partial(
-            check_training,
-            bare,
-            split,
-            loss,
-            named,
-            exact=exact,
-            micro_batches=config.micro_batches if exact else world.ranks.world_size,
-            batch_size=config.batch_size,
-            ranks=world.ranks.world_size,
-        )
-        given = split.train.inputs.dtype
-        split, accuracy, tried = world.together(check if data is not None else partial(_without_data, check))
-        if (taken := split.train.inputs.dtype) != given:
-            world.say(f"the inputs of data= are converted from {given} to {taken}, as the parameters are")
-        _compare_tries(world, tried)
-    is_default = model is None and loss is None and not named
-    return Intake(bare, split, loss or loss_sum, named, own_data or None, is_default, accuracy)
+    verdict = None
+    if any(part is not None for part in (brought.model, brought.data, brought.loss, brought.metrics)):
+        split = on_device(parts or share_points(config, world), world.device)
+        verdict = _try(config, world, bare, brought, metrics, split)
+    return Intake(
+        model=bare,
+        optimization=optimization,
+        loss=brought.loss or loss_sum,
+        metrics=metrics,
+        is_default=brought.model is None and brought.loss is None and not metrics,
+        workers=brought.workers,
+        identities={"data": identity or None, "metrics": tuple(metrics), "optimization": optimization_identity or None},
+        verdict=verdict,
+    )
+
+
+def _check_data(config: Config, brought: Brought) -> Split[Part] | None:
+    parts = check_data(brought.data, config.seed) if brought.data is not None else None
+    if isinstance(brought.workers, bool) or not isinstance(brought.workers, int) or brought.workers < 0:
+        raise UserError(f"workers= must be a whole number, 0 or more, got {brought.workers!r}")
+    if brought.workers and (parts is None or all(isinstance(part, Dataset) for part in parts)):
+        raise UserError("workers= read map-style data sets, and here all samples are in tensors: leave it out")
+    return parts
+
+
+def on_device(parts: Split[Part], device: torch.device) -> Split[Part]:
+    """The samples; those in tensors on the device."""
+    return Split(*(part.to(device) if isinstance(part, Dataset) else part for part in parts))
+
+
+def _try(
+    config: Config,
+    world: World,
+    model: nn.Module,
+    brought: Brought,
+    metrics: Mapping[str, Metric],
+    split: Split[Part],
+) -> Verdict:
+    """Try what the caller has brought; all ranks raise the same `UserError` over what one of them finds."""
+    exact = config.reduction == "exact"
+    trial = Trial(
+        model,
+        brought.loss,
+        metrics,
+        exact=exact,
+        micro_batches=config.micro_batches if exact else world.ranks.world_size,
+        batch_size=config.batch_size,
+        ranks=world.ranks.world_size,
+        device=world.device,
+    )
+    run = partial(trial.run, split)
+    verdict = world.together(partial(_without_data, run) if brought.data is None else run)
+    for line in trial.conversions:
+        world.say(line)
+    _compare_tries(world, trial.sums)
+    return verdict
 
 
 def _without_data(check: Callable[[], T]) -> T:
@@ -126,7 +173,9 @@ def share_points(config: Config, world: World) -> Split:
     return split
 
 
-def _make_model(config: Config, world: World, model: nn.Module | None) -> nn.Module:
+def _make_model(config: Config, world: World, brought: Brought) -> tuple[nn.Module, Optimization]:
+    """The model on its device, and the optimizer of its parameters."""
+    model = brought.model
     if model is None:
         make = partial(Classifier, 2, config.hidden, config.activation, class_count(config.dataset))
         with torch.device("meta"):
@@ -136,7 +185,9 @@ def _make_model(config: Config, world: World, model: nn.Module | None) -> nn.Mod
             torch.default_generator.manual_seed(config.seed)  # directly before the model is built, as in the tutorial
             model = make()
     check_model(model, exact=config.reduction == "exact")
-    return model
+    model = model.to(world.device)
+    make_optimizer = brought.optimizer or default_optimizer(config.optimizer, config.lr)
+    return model, Optimization(model, make_optimizer, brought.scheduler, brought.max_grad_norm)
 
 
 def _check_memory(config: Config, world: World, model: nn.Module) -> None:

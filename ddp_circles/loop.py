@@ -10,30 +10,33 @@ for each epoch:
     evaluate on the test set
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple, Protocol
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddp_circles.data import Dataset
 from ddp_circles.errors import OutOfRangeError, StopRequestedError
 from ddp_circles.exact import ExactReducer, SideBySideReducer
 from ddp_circles.fast import FastReducer
 from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
-from ddp_circles.micro_batches import Cut, cut_one_by_one
+from ddp_circles.micro_batches import MicroBatch, Source
+from ddp_circles.random_numbers import seed_generators
 from ddp_circles.sharding import Sharding, TensorSampler
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 EVALUATION_BATCH = 65536
 """Test samples between two agreements of the ranks, at most."""
+GRAD_NORM = "grad_norm"
+"""The gradient's norm among the figures of training: the mean over the epoch's steps, weighted by their samples."""
 
 
 class Step(NamedTuple):
@@ -43,7 +46,7 @@ class Step(NamedTuple):
     """Global step, counted from 0 over the whole run."""
     weight: Tensor
     """Factor of a summed loss that makes the reducer's sum the step's mean; float32, a scalar or one for each slice."""
-    micro_batches: list[tuple[Tensor, Tensor, nn.Module, AbstractContextManager[object]]]
+    micro_batches: Iterable[tuple[Any, Any, nn.Module, AbstractContextManager[object]]]
     """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks.
 
     One entry for each micro-batch, or one for all of them side by side.
@@ -85,20 +88,29 @@ class Training:
     reducer: ExactReducer | SideBySideReducer | FastReducer
     tally: LocalTally
     world: World
-    train_set: Dataset
-    test_set: Dataset
+    train_set: Source
+    test_set: Source
     batch_size: int
     seed: int
     events: Events
-    cut: Cut = cut_one_by_one
-    """Takes the micro-batches of an epoch apart as the passes through `model` need them."""
     evaluation_batch: int = EVALUATION_BATCH
     """Most test samples that go through `model` together, over all ranks."""
+    draws: bool = False
+    """True if random numbers may be drawn in the passes: they are seeded for each micro-batch."""
+    gradient_norm: Callable[[], Tensor] | None = None
+    """The mean norm of the gradient over the steps since the last call, in units of 2^-24; int64 of shape [1]."""
 
     def sharding(self, samples: int, batch_size: int) -> Sharding:
         """The cut of `samples` for the ranks of this world."""
         ranks, size = self.world.ranks, min(batch_size or samples, samples)
         return Sharding(samples, size, self.reducer.micro_batches, ranks.rank, ranks.world_size)
+
+    def seeded(self, part: str, step: int, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """Seed all generators before each of the `micro_batches` of a step."""
+        for micro_batch in micro_batches:
+            if self.draws:
+                seed_generators(self.seed, part, step, micro_batch.number)
+            yield micro_batch
 
 
 def train(training: Training, *, epochs: int, progress: Progress) -> None:
@@ -106,14 +118,16 @@ def train(training: Training, *, epochs: int, progress: Progress) -> None:
 
     Raises `OutOfRangeError` and `StopRequestedError` on all ranks alike.
     """
-    test_sharding = training.sharding(len(training.test_set.inputs), training.evaluation_batch)
-    in_order = torch.arange(test_sharding.samples)
-    test_steps = list(training.cut(training.test_set, in_order, test_sharding, 0))
+    test_set = training.test_set
+    sharding = training.sharding(len(test_set), training.evaluation_batch)
+    in_order = torch.arange(sharding.samples)
+    steps = partial(test_set.steps, in_order, sharding, first=0, epoch=0)
+    held = list(steps()) if test_set.in_memory else None
     while progress.epoch < epochs:
         training.events.phase("train", progress)
         train_epoch(training, progress)
         training.events.phase("evaluate", progress)
-        test = evaluate(training, progress, test_sharding, test_steps)
+        test = evaluate(training, progress, sharding, steps() if held is None else held)
         training.events.epoch_done(progress, test)
         progress.epoch, progress.step, progress.train = progress.epoch + 1, 0, Tally()
 
@@ -134,7 +148,7 @@ def train_epoch(training: Training, progress: Progress) -> None:
 
 
 @torch.inference_mode()
-def evaluate(training: Training, progress: Progress, sharding: Sharding, steps: list[list[Dataset]]) -> Tally:
+def evaluate(training: Training, progress: Progress, sharding: Sharding, steps: Iterable[list[MicroBatch]]) -> Tally:
     """Sum the figures over the test set: every sample once, cut alike at any number of ranks, outside of DDP.
 
     The ranks agree after `EVALUATION_BATCH` samples, which may be those of several `steps`.
@@ -143,16 +157,18 @@ def evaluate(training: Training, progress: Progress, sharding: Sharding, steps: 
     stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
     reader = SumsReader(delay=0, seconds=training.world.patience, waiting=waiting)
     model.eval()
-    together = max(1, min(len(steps), EVALUATION_BATCH // sharding.batch_size))
-    for first in range(0, len(steps), together):
-        for inputs, targets in chain(*steps[first : first + together]):
-            logits = model(inputs)
-            tally.add(training.loss(logits, targets), logits, targets)
+    together = max(1, min(sharding.steps, EVALUATION_BATCH // sharding.batch_size))
+    numbered = enumerate(steps)
+    for first in range(0, sharding.steps, together):
+        for step, pieces in islice(numbered, together):
+            for _, inputs, targets in training.seeded("test", step, pieces):
+                logits = model(inputs)
+                tally.add(training.loss(logits, targets), logits, targets)
         sums = tally.take(sharding.micro_batches * together)
         local = torch.cat([sums, stop_flag.fill_(training.events.stop_requested())])
         reader.post(first, sharding.seen(first + together), training.world.sum(local))
         (agreed,) = reader.read()
-        _add(tally, total, agreed, f"in the evaluation after epoch {progress.epoch}")
+        _add(tally, tally.names, total, agreed, f"in the evaluation after epoch {progress.epoch}")
         if agreed.stop_requests:
             training.events.save(progress)
             raise StopRequestedError
@@ -161,7 +177,9 @@ def evaluate(training: Training, progress: Progress, sharding: Sharding, steps: 
 
 def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
     """The epoch's remaining steps; after each, take in what the ranks agreed on, then save or stop if that is due."""
-    sharding = training.sharding(len(training.train_set.inputs), training.batch_size)
+    sharding = training.sharding(len(training.train_set), training.batch_size)
+    names = [*[GRAD_NORM][: training.gradient_norm is not None], *training.tally.names]
+    add = partial(_add, training.tally, names)
     delay = 1 if training.world.device.type == "cuda" else 0
     reader = SumsReader(delay, seconds=training.world.patience, waiting=waiting)
     steps = sharding.steps
@@ -173,14 +191,19 @@ def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
         sums = training.reducer.agreed(progress.step - 1, last=last)
         if sums is None:
             continue
+        if training.gradient_norm is not None:
+            sums = torch.cat([training.gradient_norm(), sums])
         reader.post(step.number, sharding.seen(progress.step), sums)
         stop = False
         for due in reader.read(everything=last):
-            _add(training.tally, progress.train, due, f"in step {due.step}")
+            add(progress.train, due, f"in step {due.step}")
             stop = stop or due.stop_requests > 0
         # On CUDA some sums are read late. They are waited for only here, since a diverged step must not be saved.
         if (stop or training.events.save_due(step.number + 1)) and not any(late.out_of_range for late in reader.peek()):
-            training.events.save(_settled(training.tally, progress, reader))
+            settled = deepcopy(progress)
+            for pending in reader.peek():  # as a checkpoint must hold it
+                add(settled.train, pending, f"in step {pending.step}")
+            training.events.save(settled)
         if stop:
             raise StopRequestedError
 
@@ -190,30 +213,26 @@ def local_steps(training: Training, progress: Progress, sharding: Sharding) -> I
     order = TensorSampler(sharding.samples, seed=training.seed).order(progress.epoch)
     first, last = progress.step, sharding.steps - 1
     weight, last_weight = (training.reducer.weight(sharding.step_size(step)) for step in (0, last))
-    for step, pieces in enumerate(training.cut(training.train_set, order, sharding, first), first):
+    steps = training.train_set.steps(order, sharding, first=first, epoch=progress.epoch)
+    for step, pieces in enumerate(steps, first):
+        number = progress.epoch * sharding.steps + step
         passes = training.reducer.passes(len(pieces))
+        micro_batches = training.seeded("train", number, pieces or [training.train_set.nothing])
         yield Step(
-            number=progress.epoch * sharding.steps + step,
+            number=number,
             weight=weight if step < last else last_weight,
-            micro_batches=[(*piece, *how) for piece, how in zip(pieces, passes, strict=True)],
+            micro_batches=((*piece[1:], *way) for piece, way in zip(micro_batches, passes, strict=True)),
         )
 
 
-def _settled(local: LocalTally, progress: Progress, reader: SumsReader) -> Progress:
-    """`progress` plus the sums that are not read yet, as a checkpoint must hold it."""
-    settled = deepcopy(progress)
-    for pending in reader.peek():
-        _add(local, settled.train, pending, f"in step {pending.step}")
-    return settled
-
-
-def _add(local: LocalTally, total: Tally, sums: Sums, where: str) -> None:
+def _add(local: LocalTally, names: list[str], total: Tally, sums: Sums, where: str) -> None:
     if sums.out_of_range:
         beyond = ", or beyond the range of the exact sums" if local.exact else ""
         raise OutOfRangeError(
             f"{where}, gradients, losses or metrics were not finite{beyond}: the training diverged (try a smaller "
             "learning rate), or inputs or targets are too large (scale them)"
         )
-    for name, units in zip(local.names, sums.units, strict=True):
-        total.units[name] = total.units.get(name, 0) + units
+    for name, units in zip(names, sums.units, strict=True):
+        weight = sums.seen - total.count if name == GRAD_NORM else 1
+        total.units[name] = total.units.get(name, 0) + units * weight
     total.count = sums.seen

@@ -1,6 +1,7 @@
 """The micro-batches of each step, taken from a set of samples: one after another, or as slices side by side."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,53 +10,116 @@ from ddp_circles.data import Dataset
 from ddp_circles.models import IGNORED
 from ddp_circles.sharding import Sharding
 
-Cut = Callable[[Dataset, Tensor, Sharding, int], Iterator[list[Dataset]]]
-"""From samples, their order, its sharding and a first step: for each step from there on, what this rank's passes take.
-
-One of them at least."""
 ROWS = 32
 BLOCK_ROWS = 2**20
 """Most rows, over all slices, that are put in order together; those of one step always are."""
 
 
-def cut_one_by_one(samples: Dataset, order: Tensor, sharding: Sharding, first: int) -> Iterator[list[Dataset]]:
-    """A piece for each micro-batch of this rank that is not empty; if all are, an empty piece."""
-    inputs, targets = samples
-    # All samples of a micro-batch in an epoch are put in order together, and lie in one block; a step takes a part.
-    indices = {number: order[number :: sharding.micro_batches].to(inputs.device) for number in sharding.owned()}
-    epoch = {number: Dataset(inputs[index], targets[index]) for number, index in indices.items()}
-    nothing = Dataset(inputs[:0], targets[:0])
-    for step in range(first, sharding.steps):
-        parts = [(share, slice(*sharding.bounds(step, number))) for number, share in epoch.items()]
-        pieces = [Dataset(share.inputs[part], share.targets[part]) for share, part in parts if part.start < part.stop]
-        yield pieces or [nothing]
+class MicroBatch(NamedTuple):
+    """The samples of a micro-batch; side by side, those of all micro-batches of a rank."""
+
+    number: int
+    """Its number in the step; side by side the first one's."""
+    inputs: Any
+    """A tensor; or tensors in tuples, lists and dictionaries, as the samples have them."""
+    targets: Any
 
 
-def cut_side_by_side(samples: Dataset, order: Tensor, sharding: Sharding, first: int) -> Iterator[list[Dataset]]:
-    """One piece for all micro-batches of this rank.
+class Source(Protocol):
+    """Samples in the form that passes through a model need."""
+
+    in_memory: bool
+    """True if micro-batches that were cut once can be kept."""
+    nothing: MicroBatch
+    """What a rank without a sample in a step passes through the model."""
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def steps(self, order: Tensor, sharding: Sharding, *, first: int, epoch: int) -> Iterator[list[MicroBatch]]:
+        """For each step from `first` on: this rank's micro-batches, without those that hold no sample."""
+
+
+class OneByOne:
+    """Tensors, from which each micro-batch is taken by itself."""
+
+    in_memory = True
+
+    def __init__(self, samples: Dataset) -> None:
+        self._samples = samples
+        self.nothing = MicroBatch(0, samples.inputs[:0], samples.targets[:0])
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self._samples.inputs)
+
+    def steps(
+        self,
+        order: Tensor,
+        sharding: Sharding,
+        *,
+        first: int,
+        epoch: int,  # noqa: ARG002
+    ) -> Iterator[list[MicroBatch]]:
+        """For each step from `first` on: this rank's micro-batches, without those that hold no sample."""
+        inputs, targets = self._samples
+        # All samples of a micro-batch in an epoch are put in order together, and lie in one block; a step takes a part.
+        indices = {number: order[number :: sharding.micro_batches].to(inputs.device) for number in sharding.owned()}
+        blocks = {number: (inputs[index], targets[index]) for number, index in indices.items()}
+        for step in range(first, sharding.steps):
+            parts = [(number, slice(*sharding.bounds(step, number))) for number in blocks]
+            yield [
+                MicroBatch(number, blocks[number][0][part], blocks[number][1][part])
+                for number, part in parts
+                if part.start < part.stop
+            ]
+
+
+class Slices:
+    """Tensors, from which all micro-batches of a rank are taken as equal slices of one.
 
     Inputs [slices, rows, features + 1], where the last feature is 1, and all are 0 in rows without a sample; targets
     [slices * rows], there `IGNORED`.
     """
-    device = samples.inputs.device
-    rows = rows_of(sharding.batch_size, sharding.micro_batches)
-    slices = slices_of(sharding.micro_batches, sharding.world_size)
-    order, occupied = order.to(device), len(sharding.owned())
-    numbers = torch.arange(slices, device=device).view(-1, 1) * sharding.world_size + sharding.rank
-    row_starts = torch.arange(rows, device=device) * sharding.micro_batches
-    at_once = max(1, BLOCK_ROWS // (slices * rows))
-    for begin in range(first, sharding.steps, at_once):
-        steps = torch.arange(begin, min(begin + at_once, sharding.steps), device=device).view(-1, 1, 1)
-        start = steps * sharding.batch_size
-        positions = start + (numbers - start) % sharding.micro_batches + row_starts
-        taken = positions < (start + sharding.batch_size).clamp(max=sharding.samples)
-        taken[:, occupied:] = False
-        chosen = order[positions.where(taken, 0)]
-        mask = taken.unsqueeze(3)
-        inputs = torch.cat([samples.inputs[chosen], mask], dim=3).mul_(mask)
-        targets = samples.targets[chosen].masked_fill_(~taken, IGNORED).flatten(1)
-        for piece in zip(inputs.unbind(), targets.unbind(), strict=True):
-            yield [Dataset(*piece)]
+
+    in_memory = True
+
+    def __init__(self, samples: Dataset) -> None:
+        self._samples = samples
+        self.nothing = MicroBatch(0, samples.inputs[:0], samples.targets[:0])
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self._samples.inputs)
+
+    def steps(
+        self,
+        order: Tensor,
+        sharding: Sharding,
+        *,
+        first: int,
+        epoch: int,  # noqa: ARG002
+    ) -> Iterator[list[MicroBatch]]:
+        """For each step from `first` on: one, with this rank's micro-batches as slices, also if none holds a sample."""
+        device = self._samples.inputs.device
+        rows = rows_of(sharding.batch_size, sharding.micro_batches)
+        slices = slices_of(sharding.micro_batches, sharding.world_size)
+        order, occupied = order.to(device), len(sharding.owned())
+        numbers = torch.arange(slices, device=device).view(-1, 1) * sharding.world_size + sharding.rank
+        row_starts = torch.arange(rows, device=device) * sharding.micro_batches
+        at_once = max(1, BLOCK_ROWS // (slices * rows))
+        for begin in range(first, sharding.steps, at_once):
+            steps = torch.arange(begin, min(begin + at_once, sharding.steps), device=device).view(-1, 1, 1)
+            start = steps * sharding.batch_size
+            positions = start + (numbers - start) % sharding.micro_batches + row_starts
+            taken = positions < (start + sharding.batch_size).clamp(max=sharding.samples)
+            taken[:, occupied:] = False
+            chosen = order[positions.where(taken, 0)]
+            mask = taken.unsqueeze(3)
+            inputs = torch.cat([self._samples.inputs[chosen], mask], dim=3).mul_(mask)
+            targets = self._samples.targets[chosen].masked_fill_(~taken, IGNORED).flatten(1)
+            for piece in zip(inputs.unbind(), targets.unbind(), strict=True):
+                yield [MicroBatch(sharding.rank, *piece)]
 
 
 def rows_of(batch_size: int, micro_batches: int) -> int:

@@ -3,6 +3,8 @@
 The choice is the same at any number of ranks: it depends on configuration, samples and kind of device alone.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ddp_circles.config import Config
-from ddp_circles.data import Split
+from ddp_circles.contract import Part
+from ddp_circles.data import Dataset, Split
 from ddp_circles.intake import Intake
 from ddp_circles.job.world import World
+from ddp_circles.loading import Loaded
 from ddp_circles.loop import EVALUATION_BATCH, LossFunction
-from ddp_circles.micro_batches import ROWS, Cut, cut_one_by_one, cut_side_by_side, rows_of, slices_of
+from ddp_circles.micro_batches import ROWS, OneByOne, Slices, Source, rows_of, slices_of
 from ddp_circles.models import slice_losses
 from ddp_circles.side_by_side import SideBySide, can_go_side_by_side, find_difference
 from ddp_circles.terminal import warn
@@ -31,33 +35,53 @@ LARGE = "each micro-batch is large"
 
 @dataclass(frozen=True)
 class Passes:
-    """The module that micro-batches go through, its loss, and the cut of the samples for it."""
+    """The module that micro-batches go through, its loss, and the samples as it needs them."""
 
     network: nn.Module
     weights: Tensor
     """Some weights, to whose gradient a fault can be done."""
     loss: LossFunction
-    cut: Cut
+    train_set: Source
+    test_set: Source
     evaluation_batch: int
     """Most test samples that go through the network together, over all ranks."""
     way: str
     """`side by side`; or `one by one`, and why."""
+    draws: bool = False
+    """True if random numbers may be drawn in the passes."""
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Name samples whose reader is lost, and end all readers with the body."""
+        with ExitStack() as at_end:
+            for part in (self.train_set, self.test_set):
+                if isinstance(part, Loaded):
+                    at_end.enter_context(part.naming_lost_workers())
+                    at_end.callback(part.close)
+            yield
 
 
-def choose_passes(config: Config, world: World, given: Intake, split: Split) -> Passes:
+def choose_passes(config: Config, world: World, given: Intake, split: Split[Part]) -> Passes:
     """The passes of this training, the same on all ranks; warns if they would give other bits side by side."""
     if config.reduction == "fast":
-        return _one_by_one(given, "each rank has one micro-batch")
-    if not given.is_default:
-        return _one_by_one(given, "model=, loss= or metrics= was given")
-    if not can_go_side_by_side(given.model):
-        return _one_by_one(given, "the network has other layers than linear ones and ReLU")
+        return _one_by_one(config, world, given, split, "each rank has one micro-batch")
+    if given.is_default and isinstance(split.train, Dataset) and isinstance(split.test, Dataset):
+        passes, why = _side_by_side(config, world, given.model, Split(split.train, split.test))
+    else:
+        passes, why = None, "model=, loss=, metrics= or a data set that is not in tensors was given"
+    return passes or _one_by_one(config, world, given, split, why)
+
+
+def _side_by_side(config: Config, world: World, model: nn.Module, split: Split) -> tuple[Passes | None, str]:
+    """The passes side by side; or none, and why."""
+    if not can_go_side_by_side(model):
+        return None, "the network has other layers than linear ones and ReLU"
     if any(inputs.dtype != torch.float32 or inputs.ndim != 2 or targets.ndim != 1 for inputs, targets in split):
-        return _one_by_one(given, "data= has inputs that are not float32 [n, 2], or targets that are not [n]")
-    if ROWS * sum(parameter.numel() for parameter in given.model.parameters()) > MOST_WORK:
-        return _one_by_one(given, LARGE)
+        return None, "data= has inputs that are not float32 [n, 2], or targets that are not [n]"
+    if ROWS * sum(parameter.numel() for parameter in model.parameters()) > MOST_WORK:
+        return None, LARGE
     count, trained, tested = config.micro_batches, len(split.train.inputs), len(split.test.inputs)
-    network = SideBySide(given.model, slices_of(count, world.ranks.world_size))
+    network = SideBySide(model, slices_of(count, world.ranks.world_size))
     batch = min(config.batch_size or trained, trained)
     most_rows = min(
         MOST_WORK * min(count, batch) // count // network.elements,
@@ -65,19 +89,29 @@ def choose_passes(config: Config, world: World, given: Intake, split: Split) -> 
     )
     rows, most_rows = rows_of(batch, count), most_rows // ROWS * ROWS
     if rows > most_rows:
-        return _one_by_one(given, LARGE)
+        return None, LARGE
     evaluation_batch = min(max(EVALUATION_BATCH, ROWS * count), most_rows * count)
     shapes = {rows, rows_of(min(evaluation_batch, tested), count)}
-    differences = [find_difference(given.model, split.train, shape, count) for shape in sorted(shapes)]
+    differences = [find_difference(model, split.train, shape, count) for shape in sorted(shapes)]
     for name, difference in world.gather((world.ranks.name, "".join(differences))):
         if difference:
             if world.ranks.is_main:
                 warn(f"micro-batches run one by one: side by side, {name} gives them other bits ({difference})")
-            return _one_by_one(given, "side by side, their bits differ")
-    loss = partial(slice_losses, slices=network.slices)
-    return Passes(network, network.matrices[0], loss, cut_side_by_side, evaluation_batch, "side by side")
+            return None, "side by side, their bits differ"
+    loss, (train_set, test_set) = partial(slice_losses, slices=network.slices), map(Slices, split)
+    return Passes(network, network.matrices[0], loss, train_set, test_set, evaluation_batch, "side by side"), ""
 
 
-def _one_by_one(given: Intake, why: str) -> Passes:
+def _one_by_one(config: Config, world: World, given: Intake, split: Split[Part], why: str) -> Passes:
     weights = next(parameter for parameter in given.model.parameters() if parameter.requires_grad)
-    return Passes(given.model, weights, given.loss, cut_one_by_one, EVALUATION_BATCH, f"one by one: {why}")
+    train_set, test_set = (
+        OneByOne(part) if isinstance(part, Dataset) else Loaded(part, workers=given.workers, device=world.device)
+        for part in split
+    )
+    # Samples that are read come in batches as large as those of training, which surely fit into memory.
+    batch = EVALUATION_BATCH if test_set.in_memory else config.batch_size or EVALUATION_BATCH
+    # A rank that reads samples by itself leaves the generators as the last sample did.
+    draws = (given.verdict is not None and given.verdict.draws) or not (
+        given.workers or (test_set.in_memory and train_set.in_memory)
+    )
+    return Passes(given.model, weights, given.loss, train_set, test_set, batch, f"one by one: {why}", draws)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from ddp_circles import loop
+from ddp_circles.buffers import Buffers
 from ddp_circles.config import Config, flags_of, in_arguments, naming_arguments
-from ddp_circles.data import Split
+from ddp_circles.contract import Part
+from ddp_circles.data import Dataset, Split
 from ddp_circles.errors import EXIT_STOPPED, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, SideBySideReducer, Surroundings
 from ddp_circles.fast import FastReducer
-from ddp_circles.intake import Intake, share_points, take_in
+from ddp_circles.intake import Brought, Intake, on_device, share_points, take_in
 from ddp_circles.job.faults import Fault, Rehearsal
 from ddp_circles.job.process import be_deterministic, pin_threads, process_as_found
 from ddp_circles.job.ranks import how_to_continue, read_ranks
@@ -30,7 +31,9 @@ from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.world import World, open_world, telling_others
 from ddp_circles.metrics import LocalTally, Metric, Progress
 from ddp_circles.models import state_of
+from ddp_circles.optimization import MakeOptimizer, MakeScheduler, Optimization
 from ddp_circles.passes import choose_passes
+from ddp_circles.random_numbers import random_states_as_found
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
@@ -38,8 +41,7 @@ from ddp_circles.records.resume import Found, open_run
 from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, choose_project, new_run_id
 from ddp_circles.side_by_side import SideBySide
 from ddp_circles.terminal import open_streams, warn
-
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+from ddp_circles.trial import Constancy, Verdict
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,28 @@ def fit(
     config: Config,
     *,
     model: nn.Module | None = None,
-    data: Split | None = None,
+    data: Split[Any] | None = None,
     loss: loop.LossFunction | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    optimizer: MakeOptimizer | None = None,
+    scheduler: MakeScheduler | None = None,
+    max_grad_norm: float | None = None,
+    workers: int = 0,
 ) -> Result:
     """Train as `config` says, on all ranks of the job this process belongs to; every rank must pass the same.
 
     `model`: a float32 module from inputs [n, ...] to logits [n, ...]; default: the configuration's classifier. `data`:
-    samples to train on and to test on, tensors or arrays; default: the configuration's points. `loss`: the SUM over
+    samples to train on and to test on, tensors or arrays, or map-style data sets of (inputs, target), which `workers`
+    processes of each rank read, 0 for the rank itself; default: the configuration's points. `loss`: the SUM over
     samples of the loss of logits and targets, a scalar; default: binary cross-entropy for [n], cross-entropy for
-    [n, classes]. `metrics`: other such sums by name, whose means per sample are reported. All of it is tried before the
-    first step. Raises `UserError` for what the user can put right, and `SystemExit` after a stop request, with the exit
-    code of the contract, and when another rank is lost. The process is left as it was found.
+    [n, classes]. `metrics`: other such sums by name, whose means per sample are reported. `optimizer`: from the model
+    to any torch optimizer; default: the configuration's. `scheduler`: from that to any torch scheduler, stepped after
+    each of its steps. `max_grad_norm`: the gradient is scaled down to this norm, and its norm reported; inf: reported
+    alone.
+
+    All of it is tried before the first step. Raises `UserError` for what the user can put right, and `SystemExit` after
+    a stop request, with the exit code of the contract, and when another rank is lost. The process is left as it was
+    found.
     """
     open_streams()
     with stop_requested.listening(), naming_arguments(), process_as_found():
@@ -88,11 +100,12 @@ def fit(
                 open_world(ranks, config.device, config.backend, config.timeout, flags_of(config)) as world,
                 ExitStack() as at_end,  # closes what was opened, after the other ranks were told how it ended
                 telling_others(world.ranks, world.watch, in_arguments),
+                random_states_as_found(),
             ):
                 if config.reduction == "exact":
                     be_deterministic()  # before anything is computed, the fingerprint too
-                given = take_in(config, world, model, data, loss, metrics)
-                return _fit_in_world(config, world, at_end, given)
+                brought = Brought(model, data, loss, metrics, optimizer, scheduler, max_grad_norm, workers)
+                return _fit_in_world(config, world, at_end, take_in(config, world, brought))
         except StopRequestedError:
             # These two kill the other ranks over any other code, rank 0 while it still writes among them.
             raise SystemExit(0 if ranks.launcher in ("torchrun", "mpirun") else EXIT_STOPPED) from None
@@ -100,14 +113,14 @@ def fit(
 
 def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake) -> Result:
     """Train in an open world; `at_end` is told what to close."""
-    bare = given.model
+    bare, optimization = given.model, given.optimization
     fault = Fault.parse(config.fault) if config.fault else None
     found = open_run(
         world,
         at_end,
         run_dir=config.run_dir,
         resume=config.resume,
-        settings=config.lasting | {"data": given.data_digest, "metrics": tuple(given.metrics)},
+        settings=config.lasting | given.identities,
         epochs=config.epochs,
         fault_rank=fault.rank if fault else None,
     )
@@ -117,54 +130,55 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         line = f"{path} is finished after {found.state['epoch']} epochs: ask for more --epochs to go on"
         world.say(in_arguments(line))
         return Result(bare, found.state["metrics"], path, world.ranks.is_main)
-    split = given.split or share_points(config, world).to(world.device)
-    passes = choose_passes(config, world, given, split)
+    verdict = given.verdict or Verdict(on_device(share_points(config, world), world.device))
+    passes = choose_passes(config, world, given, verdict.parts)
     found.note_way(passes.way, world.ranks)
+    progress = found.restore(bare, optimization)
 
-    optimizer = OPTIMIZERS[config.optimizer](bare.parameters(), lr=config.lr, fused=True)
-    tally = LocalTally(
-        world.device, metrics=given.metrics, accuracy=given.has_accuracy, exact=config.reduction == "exact"
-    )
-    samples = len(split.train.inputs)
+    exact = config.reduction == "exact"
+    tally = LocalTally(world.device, metrics=given.metrics, accuracy=verdict.has_accuracy, exact=exact)
+    samples = len(passes.train_set)
     recorder = Recorder(
         watch=world.watch,
         rehearsal=Rehearsal(fault, path / "fault", passes.weights)
         if fault and fault.rank == world.ranks.rank
         else None,
         writer=world.together(
-            lambda: _make_writer(config, world, found, bare, optimizer) if world.ranks.is_main else None
+            lambda: _make_writer(config, world, found, bare, optimization) if world.ranks.is_main else None
         ),
         steps_per_epoch=-(-samples // (config.batch_size or samples)),
         train_seconds=found.state.get("train_seconds", 0.0),
         metrics=found.state.get("metrics", {}),
         checkpoint_step=found.state.get("global_step"),
+        learning_rates=optimization.learning_rates if given.identities["optimization"] else dict,
+        check=_make_check(world, bare, verdict) if exact and given.verdict else lambda: None,
     )
     at_end.callback(recorder.close)
     training = loop.Training(
         model=passes.network,
-        optimizer=optimizer,
+        optimizer=optimization.optimizer,
         loss=passes.loss,
-        reducer=_make_reducer(config, world, passes.network, tally),
+        reducer=_make_reducer(config, world, passes.network, tally, verdict.buffers),
         tally=tally,
         world=world,
-        train_set=split.train,
-        test_set=split.test,
+        train_set=passes.train_set,
+        test_set=passes.test_set,
         batch_size=config.batch_size,
         seed=config.seed,
         events=recorder,
-        cut=passes.cut,
         evaluation_batch=passes.evaluation_batch,
+        draws=passes.draws,
+        gradient_norm=optimization.mean_norm if optimization.clips else None,
     )
-    progress = found.restore(bare, optimizer)
     begun = f"continue after step {recorder.global_step(progress)}" if found.state else "start"
     world.say(f"{begun}: {world.describe()}, run directory {path}")
     try:
-        with recorder.running(progress, config.to_toml()):
+        with recorder.running(progress, config.to_toml()), passes.reading():
             loop.train(training, epochs=config.epochs, progress=progress)
             recorder.finish(
                 progress,
                 summary=_summary(config, world, found, recorder, progress, samples, passes.way),
-                draw=partial(_draw, config, bare, split, path),
+                draw=partial(_draw, config, bare, verdict.parts, path),
             )
     except StopRequestedError:
         recorder.close()
@@ -175,19 +189,27 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         raise
     figures = recorder.metrics
     tested = ", ".join(f"{name} {figures[f'test/{name}']:.5f}" for name in ("loss", *given.metrics))
-    if given.has_accuracy:
+    if verdict.has_accuracy:
         tested = f"accuracy {figures['test/accuracy']:.2%}"
     world.say(f"finished: test {tested}, files in {path}")
     return Result(bare, recorder.metrics, path, world.ranks.is_main)
 
 
+def _make_check(world: World, bare: nn.Module, verdict: Verdict) -> Callable[[], None]:
+    """A check that what the trial has found to stay the same still does; all ranks raise what one of them finds."""
+    constancy = Constancy(bare, draws=verdict.draws, buffers=verdict.buffers)
+    return lambda: world.together(constancy.check)
+
+
 def _make_reducer(
-    config: Config, world: World, network: nn.Module, tally: LocalTally
+    config: Config, world: World, network: nn.Module, tally: LocalTally, buffers: Sequence[str]
 ) -> ExactReducer | SideBySideReducer | FastReducer:
     """The gradient reducer for `network`, wrapped in DDP unless the world has one rank."""
     replica = DistributedDataParallel(network, gradient_as_bucket_view=True) if world.ranks.world_size > 1 else network
     if config.reduction == "fast":
-        return FastReducer(replica, world=world, tally=tally, stop_requested=stop_requested)
+        return FastReducer(network, replica, buffers=buffers, world=world, tally=tally, stop_requested=stop_requested)
+    if isinstance(replica, DistributedDataParallel):
+        replica.broadcast_buffers = False  # they are summed; as an argument it has another name in each torch release
     idle = world.ranks.world_size - config.micro_batches
     if idle > 0 and world.ranks.is_main:
         feeds = f"--micro-batches {config.micro_batches} feeds no more"
@@ -200,10 +222,10 @@ def _make_reducer(
     }
     if isinstance(network, SideBySide):
         return SideBySideReducer(network, replica, **given)
-    return ExactReducer(network, replica, **given)
+    return ExactReducer(network, replica, buffers=Buffers(network, buffers) if buffers else None, **given)
 
 
-def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, optimizer: Optimizer) -> Writer:
+def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, optimization: Optimization) -> Writer:
     """The outputs of the run, on rank 0."""
     tracking_id = found.state.get("tracking_id") or new_run_id(first=world.number == 0)
     return Writer(
@@ -227,7 +249,7 @@ def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, op
         checkpoint_steps=config.checkpoint_steps,
         snapshot=lambda: {
             "model": state_of(bare),
-            "optimizer": optimizer.state_dict(),
+            **optimization.state(),
             "settings": found.settings,
             "fingerprint": found.fingerprint,
             "tracking_id": tracking_id,
@@ -258,7 +280,7 @@ def _summary(
     }
 
 
-def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
+def _draw(config: Config, bare: nn.Module, parts: Split[Part], run_dir: Path) -> None:
     """Draw the pictures of a finished run, on rank 0 alone; a failure is a warning, for the run has all else."""
     if not config.plots:
         return
@@ -266,7 +288,9 @@ def _draw(config: Config, bare: nn.Module, split: Split, run_dir: Path) -> None:
     try:
         from ddp_circles.records.plots import draw_run  # noqa: PLC0415 - matplotlib is slow to import
 
-        draw_run(bare, split, run_dir)
+        train, test = parts
+        points = Split(train, test) if isinstance(train, Dataset) and isinstance(test, Dataset) else None
+        draw_run(bare, points, run_dir)
     except Exception as error:
         warn(f"no pictures in {run_dir / 'plots'}: {type(error).__name__}: {error}")
     finally:

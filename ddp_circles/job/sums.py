@@ -1,4 +1,6 @@
-"""Sums over all ranks."""
+"""Sums over all ranks, and copies from one."""
+
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -24,3 +26,10 @@ def sum_over_ranks(numbers: Tensor) -> Tensor:
         everyone = torch.empty(size, len(numbers), dtype=numbers.dtype)
         dist.all_gather(list(everyone.unbind()), numbers)
     return everyone.sum(0)
+
+
+def copy_from_rank_0(tensors: Iterable[Tensor]) -> None:
+    """Overwrite `tensors` with those of rank 0. Raises if that fails."""
+    with waiting:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

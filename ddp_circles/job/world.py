@@ -21,7 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from ddp_circles.errors import FileError, OutOfRangeError, RunDirTakenError, StopRequestedError, UserError
+from ddp_circles.errors import (
+    FileError,
+    OutOfRangeError,
+    RunDirTakenError,
+    SampleError,
+    StopRequestedError,
+    UserError,
+)
 from ddp_circles.job.cards import default_cards
 from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
 from ddp_circles.job.ranks import Ranks, spell_ranks, this_host
@@ -339,7 +346,7 @@ def telling_others(ranks: Ranks, watch: Watch, spell: Callable[[str], str] = str
         yield
     except (UserError, StopRequestedError):
         raise
-    except (OutOfRangeError, RunDirTakenError, FileError) as error:
+    except (OutOfRangeError, RunDirTakenError, FileError, SampleError) as error:
         watch.say(spell(str(error)))
         watch.last_words(f"raised {type(error).__name__}")
         raise SystemExit(1) from None

@@ -19,7 +19,7 @@ KEEP = 3
 NAMED = 3
 """Checkpoints passed over that are named one by one."""
 DAMAGED = "its checksum does not match: it is cut short or damaged"
-VERSION = 2
+VERSION = 3
 """Raise it when a field of `FORM` changes or means something else, or when the same settings come to other bits.
 
 Checkpoints of other versions are refused.
@@ -27,6 +27,7 @@ Checkpoints of other versions are refused.
 FORM: dict[str, Any] = {
     "model": {str: object},
     "optimizer": {str: object},
+    "scheduler": {str: object},
     "settings": {str: object},
     "fingerprint": {str: str},
     "tracking_id": str,
@@ -42,7 +43,7 @@ FORM: dict[str, Any] = {
 """The fields. A form is a type, a dictionary of forms by name or for any name (`str`), a list for all, or a tuple."""
 
 State = dict[str, Any]
-"""Tensors and plain values, as `FORM` says: model, optimizer, progress, configuration, fingerprint, tracking id."""
+"""Tensors and plain values, as `FORM` says: model, optimizer, scheduler, progress, settings, fingerprint, id."""
 
 
 class OtherVersionError(ValueError):

@@ -58,15 +58,20 @@ STYLE: dict[str, Any] = {
 }
 
 
-def draw_run(model: nn.Module, split: Split, run_dir: Path) -> None:
-    """Draw the learning curves of a run and, for classes of points in the plane, the decision boundary."""
+def draw_run(model: nn.Module, split: Split | None, run_dir: Path) -> None:
+    """Draw the learning curves of a run and, for classes of points in the plane, the decision boundary.
+
+    `split`: None for samples that are not in tensors.
+    """
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     rows = read_rows(run_dir / "metrics.jsonl")
     draw_curves(rows, folder / "curves.png")
-    inputs, classified = split.train.inputs, any("test/accuracy" in row for row in rows)
-    if classified and inputs.shape[1:] == (2,) and inputs.dtype == torch.float32:
-        draw_decision_boundary(model, split, folder / "decision_boundary.png")
+    classified = any("test/accuracy" in row for row in rows)
+    if classified and split is not None:
+        inputs = split.train.inputs
+        if inputs.shape[1:] == (2,) and inputs.dtype == torch.float32:
+            draw_decision_boundary(model, split, folder / "decision_boundary.png")
 
 
 @style.context(STYLE, after_reset=True)

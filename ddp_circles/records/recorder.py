@@ -32,7 +32,7 @@ class Writer:
     checkpoint_seconds: float
     checkpoint_steps: int
     snapshot: Callable[[], State]
-    """The state of `model` and `optimizer`, and what identifies the run."""
+    """The state of model and optimizer, and what identifies the run."""
 
 
 @dataclass
@@ -50,6 +50,10 @@ class Recorder:
     """The last epoch's line."""
     checkpoint_step: int | None
     """Global step of the newest checkpoint; None while there is none."""
+    learning_rates: Callable[[], Row]
+    """Those of the last step, by the names that they are logged under."""
+    check: Callable[[], None]
+    """Called at the end of an epoch; raises the same `UserError` on all ranks if it may not count."""
     _training: bool = False
     _epoch_began: float = 0.0
     _epoch_train_seconds: float = 0.0
@@ -89,12 +93,14 @@ class Recorder:
 
     def epoch_done(self, progress: Progress, test: Tally) -> None:
         """Log the epoch's line."""
+        self.check()
         trained = progress.train.count - self._seen_before
         self.metrics = {
             "epoch": progress.epoch,
             "step": self.global_step(progress),
             **{f"train/{name}": mean for name, mean in progress.train.means.items()},
             **{f"test/{name}": mean for name, mean in test.means.items()},
+            **self.learning_rates(),
             "train/samples_per_second": trained / max(self._epoch_train_seconds, 1e-9),
             "seconds": time.monotonic() - self._epoch_began,
         }

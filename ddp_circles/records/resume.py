@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from ddp_circles.errors import UserError, naming
 from ddp_circles.job.fingerprint import fingerprint
@@ -15,11 +14,18 @@ from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.world import World
 from ddp_circles.metrics import Progress, Tally
 from ddp_circles.models import load_state
+from ddp_circles.optimization import Optimization
 from ddp_circles.records.checkpoint import State
 from ddp_circles.records.run_dir import RunDir
 from ddp_circles.terminal import visible, warn
 
 ADVICE = "Choose another --run-dir, or start over in this one with --resume never"
+OF_FIT = {
+    "data": "other data",
+    "metrics": "other metrics",
+    "optimization": "another optimizer=, scheduler= or max_grad_norm=",
+}
+"""Settings that are arguments of `fit`, and a difference in words; the other ones are flags."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Found:
             what = visible(" ".join(str(error).split())).rstrip(".")
             raise UserError(f"{self.run_dir.path} holds a run of another model: {what}. {ADVICE}") from None
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> Progress:
+    def restore(self, model: nn.Module, optimization: Optimization) -> Progress:
         """Load the checkpoint's state; returns how far the run has come.
 
         Raises `UserError` if model or optimizer are others than the run began with.
@@ -63,7 +69,7 @@ class Found:
             return Progress()
         self.restore_model(model)
         try:
-            optimizer.load_state_dict(self.state["optimizer"])
+            optimization.load(self.state)
         except (ValueError, KeyError, TypeError, AttributeError):  # as the optimizer's code meets it
             raise UserError(
                 f"{self.run_dir.path} holds a run with another optimizer: the state does not fit. {ADVICE}"
@@ -170,9 +176,9 @@ def _check_same_run(now: dict[str, Any], before: dict[str, Any], path: Path) -> 
     """Refuse to continue a run with other settings than it began with."""
     if before.keys() != now.keys():
         raise UserError(f"{path} holds a run of another version of this package. {ADVICE}")
-    for name in ("data", "metrics"):  # arguments of `fit`; the others are flags
+    for name, other in OF_FIT.items():
         if before[name] != now[name]:
-            raise UserError(f"{path} holds a run with other {name}. {ADVICE}")
+            raise UserError(f"{path} holds a run with {other}. {ADVICE}")
     changed = [
         f"--{name.replace('_', '-')} ({_spell(before[name])} there, {_spell(value)} here)"
         for name, value in now.items()

@@ -71,7 +71,7 @@ def copy_run(
     # By a pattern: the folder's name begins with the time, and changes when the run goes on.
     upload = f"{beside_python('wandb')} sync {shlex.quote(str(folder))}/offline-run-*-{shlex.quote(run_id)}"
     print(visible(f"wandb: {run.url or f'offline; to upload: {upload}'}"), flush=True)
-    for name in ("train/*", "test/*", "plots/*", "seconds", "step"):
+    for name in ("train/*", "test/*", "plots/*", "lr", "lr/*", "seconds", "step"):
         run.define_metric(name, step_metric="epoch")
     last_step = None
     for rows in _follow(run_dir, trainer):

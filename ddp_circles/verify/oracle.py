@@ -26,6 +26,7 @@ from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.loop import Training, train
 from ddp_circles.metrics import LocalTally, Progress, Tally
+from ddp_circles.micro_batches import OneByOne
 from ddp_circles.models import Classifier, loss_sum
 from ddp_circles.verify.injection import Mark, Trouble
 
@@ -153,8 +154,8 @@ def _train(
         ),
         tally=tally,
         world=world,
-        train_set=train_set.to(world.device),
-        test_set=test_set.to(world.device),
+        train_set=OneByOne(train_set.to(world.device)),
+        test_set=OneByOne(test_set.to(world.device)),
         batch_size=workload.micro_batches * workload.samples,
         seed=seed,
         events=witness,

@@ -1,0 +1,29 @@
+"""An error in code of the caller's, told in one line."""
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+
+
+def explain(error: Exception) -> str:
+    """The error's type, its text and the place in the caller's code where it was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(OURS)]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+def kind_of(value: Any) -> str:
+    """The type of `value`; of a tensor, its shape and dtype."""
+    if isinstance(value, Tensor):
+        return f"shape {list(value.shape)}, {dtype_of(value)}"
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def dtype_of(values: Tensor) -> str:
+    """The dtype, without the name of the library."""
+    return str(values.dtype).removeprefix("torch.")

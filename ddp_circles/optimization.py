@@ -1,0 +1,173 @@
+"""The optimizer of a run, with its schedule and clipping: what happens between the summed gradient and the weights.
+
+All of it follows from the summed gradient, which has the same bits on every rank, so the weights have them too.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ddp_circles.errors import UserError
+from ddp_circles.explain import explain, kind_of
+from ddp_circles.fixed_point import LOSS_BITS, quantize
+from ddp_circles.plain import from_bytes, to_bytes
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+MakeOptimizer = Callable[[nn.Module], Optimizer]
+"""From the bare module to an optimizer of its parameters."""
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+"""From the optimizer to a schedule of its learning rates, stepped once after each of its steps."""
+
+
+def default_optimizer(name: str, lr: float) -> MakeOptimizer:
+    """The optimizer of a configuration."""
+    return lambda model: OPTIMIZERS[name](model.parameters(), lr=lr, fused=True)
+
+
+class Optimization:
+    """An optimizer, and what its steps are accompanied by. Raises `UserError` for what cannot be used.
+
+    `optimizer` takes the loop's steps; `schedule` and clipping are hooked to it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        make_scheduler: MakeScheduler | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.optimizer = _make_optimizer(model, make_optimizer)
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._scheduler = _make_scheduler(self.optimizer, make_scheduler) if make_scheduler is not None else None
+        self._max_grad_norm = max_grad_norm
+        self.clips = max_grad_norm is not None
+        """True if the gradient's norm is known."""
+        self._norms: list[Tensor] = []
+        if max_grad_norm is not None:
+            _check_max_grad_norm(max_grad_norm)
+            self.optimizer.register_step_pre_hook(lambda *_: self._clip(max_grad_norm))
+        self._rates = self._rates_now()
+        if (scheduler := self._scheduler) is not None:
+            self.optimizer.register_step_post_hook(lambda *_: self._go_on(scheduler))
+
+    def identity(self) -> str:
+        """A digest of all settings, before the first step; functions are left out, of which no state is saved."""
+        names = [type(part).__name__ for part in (self.optimizer, self._scheduler)]
+        return hashlib.sha256(f"{names} {self.state()} {self._max_grad_norm}".encode()).hexdigest()
+
+    def state(self) -> dict[str, Any]:
+        """The state to be saved, of `optimizer` and `scheduler`."""
+        scheduler = self._scheduler.state_dict() if self._scheduler is not None else {}
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": {"state": scheduler, "rates": self._rates}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a saved `state`; raises what torch raises if it does not fit."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._rates = state["scheduler"]["rates"]
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"]["state"])
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of the last step; one for each group of parameters if there are several."""
+        rates = self._rates
+        return {"lr": rates[0]} if len(rates) == 1 else {f"lr/{number}": rate for number, rate in enumerate(rates)}
+
+    def _rates_now(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _go_on(self, scheduler: LRScheduler) -> None:
+        """End a step: the next one has the schedule's next learning rate."""
+        self._rates = self._rates_now()
+        scheduler.step()
+
+    def mean_norm(self) -> Tensor:
+        """The mean norm of the gradient over the steps since the last call, in units of 2^-24; int64 of shape [1]."""
+        norms, self._norms = self._norms, []
+        return quantize(torch.stack(norms).mean(0, keepdim=True), LOSS_BITS)
+
+    @torch.no_grad()
+    def _clip(self, max_norm: float) -> None:
+        # One row in the order of the parameters: the last bits of a norm may depend on where its elements lie, and in
+        # DDP's buckets that is another place at another number of ranks.
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = torch.linalg.vector_norm(_flatten_dense_tensors(gradients))
+        self._norms.append(norm)
+        clip_grads_with_norm_(self._parameters, max_norm, norm)
+
+
+def _make_optimizer(model: nn.Module, make: MakeOptimizer) -> Optimizer:
+    if not callable(make) or isinstance(make, Optimizer):
+        raise UserError(
+            f"optimizer= must be a function from the model to a torch optimizer, such as lambda model: "
+            f"torch.optim.AdamW(model.parameters(), lr=0.01), got {kind_of(make)}"
+        )
+    try:
+        optimizer = make(model)
+    except Exception as error:
+        raise UserError(f"optimizer= failed: {explain(error)}") from None
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(f"optimizer= must return a torch optimizer, got {kind_of(optimizer)}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"optimizer= {type(optimizer).__name__} computes the loss several times in a step, which fit() does not "
+            "do: use one that steps by the gradient alone, such as AdamW"
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    named = {name: id(parameter) for name, parameter in model.named_parameters()}
+    if held - set(named.values()):
+        raise UserError("optimizer= has parameters that are not the model's: build it from the model that it is given")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if left_out := [name for name in named if name in trained and named[name] not in held]:
+        raise UserError(
+            f"optimizer= leaves out {', '.join(left_out)}, which would stay as they are: give it all parameters, or "
+            "freeze these with requires_grad_(False)"
+        )
+    _check_plain("optimizer=", optimizer)
+    return optimizer
+
+
+def _make_scheduler(optimizer: Optimizer, make: MakeScheduler) -> LRScheduler:
+    if not callable(make) or isinstance(make, LRScheduler):
+        raise UserError(
+            "scheduler= must be a function from the optimizer to a torch scheduler, such as lambda optimizer: "
+            f"torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000), got {kind_of(make)}"
+        )
+    try:
+        scheduler = make(optimizer)
+    except Exception as error:
+        raise UserError(f"scheduler= failed: {explain(error)}") from None
+    if not isinstance(scheduler, LRScheduler):
+        raise UserError(f"scheduler= must return a torch scheduler, got {kind_of(scheduler)}")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(
+            "scheduler= ReduceLROnPlateau waits for a figure of each epoch, and fit() steps a scheduler after each "
+            "step of the optimizer: use one that follows from their number, such as CosineAnnealingLR"
+        )
+    _check_plain("scheduler=", scheduler)
+    return scheduler
+
+
+def _check_plain(name: str, part: Optimizer | LRScheduler) -> None:
+    """Refuse what a checkpoint could not hold: better than at the first one."""
+    try:
+        from_bytes(to_bytes(part.state_dict()))
+    except Exception as error:
+        raise UserError(
+            f"{name} {type(part).__name__} cannot be saved: its state_dict() holds more than tensors and plain values "
+            f"({explain(error)})"
+        ) from None
+
+
+def _check_max_grad_norm(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise UserError(f"max_grad_norm= must be a number above 0, or inf to report the norm alone, got {value!r}")
