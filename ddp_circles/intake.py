@@ -19,6 +19,7 @@ from ddp_circles.memory import require_memory
 from ddp_circles.metrics import Metric
 from ddp_circles.models import Classifier, class_count, loss_sum
 from ddp_circles.optimization import MakeOptimizer, MakeScheduler, Optimization, default_optimizer
+from ddp_circles.side_by_side import can_go_side_by_side
 from ddp_circles.trial import TOLERANCE, Trial, Verdict
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ class Intake:
     identities: dict[str, Any]
     """What tells data, metrics and optimization from others, by name; a run that goes on must have the same."""
     verdict: Verdict | None
-    """On samples, model, loss and metrics; None if the configuration's are to be made, and need no trial."""
+    """On samples, model, loss and metrics; None where points are still to be made for a model that needs no trial."""
 
 
 def take_in(config: Config, world: World, brought: Brought) -> Intake:
@@ -79,7 +80,8 @@ def take_in(config: Config, world: World, brought: Brought) -> Intake:
         }
     )
     verdict = None
-    if any(part is not None for part in (brought.model, brought.data, brought.loss, brought.metrics)):
+    own_parts = (brought.model, brought.data, brought.loss, brought.metrics)
+    if any(part is not None for part in own_parts) or not can_go_side_by_side(bare):
         split = on_device(parts or share_points(config, world), world.device)
         verdict = _try(config, world, bare, brought, metrics, split)
     return Intake(

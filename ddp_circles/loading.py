@@ -48,8 +48,8 @@ class Request(NamedTuple):
 class Reader(data.Dataset[Any]):
     """Reads micro-batches from `dataset`, in this process or in a worker: each sample with random numbers of its own.
 
-    `name`: how messages call it, `data.train` or `data.test`. Once set, floating-point inputs of `from_type` are
-    converted to `to_type`, and targets to `targets_type`.
+    `name`: how messages call it, `data.train` or `data.test`. Once set, float64 inputs are converted to `inputs_type`,
+    and targets to `targets_type`.
     """
 
     def __init__(self, dataset: MapStyle, name: str, seed: int) -> None:

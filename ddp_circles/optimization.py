@@ -33,9 +33,9 @@ def default_optimizer(name: str, lr: float) -> MakeOptimizer:
 
 
 class Optimization:
-    """An optimizer, and what its steps are accompanied by. Raises `UserError` for what cannot be used.
+    """An optimizer whose steps are accompanied by clipping and a schedule, which are hooked to them.
 
-    `optimizer` takes the loop's steps; `schedule` and clipping are hooked to it.
+    Raises `UserError` for what cannot be used.
     """
 
     def __init__(

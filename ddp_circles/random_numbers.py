@@ -54,7 +54,8 @@ class RandomStates:
 def _comparable(state: Any) -> Any:
     if isinstance(state, (torch.Tensor, np.ndarray)):
         return np.asarray(state).tobytes()
-    return tuple(map(_comparable, state)) if isinstance(state, tuple) else state
+    has_array = isinstance(state, tuple) and any(isinstance(part, np.ndarray) for part in state)
+    return tuple(map(_comparable, state)) if has_array else state
 
 
 @contextmanager

@@ -196,9 +196,15 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
 
 
 def _make_check(world: World, bare: nn.Module, verdict: Verdict) -> Callable[[], None]:
-    """A check that what the trial has found to stay the same still does; all ranks raise what one of them finds."""
+    """A check that nothing changes that the trial has found constant; all ranks raise what one of them finds."""
     constancy = Constancy(bare, draws=verdict.draws, buffers=verdict.buffers)
-    return lambda: world.together(constancy.check)
+
+    def check() -> None:
+        breach = constancy.breach()
+        if world.sum(torch.tensor([len(breach)], device=world.device)).item():
+            raise UserError(next(filter(None, world.gather(breach))))
+
+    return check
 
 
 def _make_reducer(

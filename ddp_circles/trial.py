@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 """Relative difference between a sum and the sum of its parts that rounding may explain."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verdict:
     """The outcome of a trial."""
 
@@ -66,6 +66,9 @@ class Trial:
         self._is_default = loss is None
         self._functions = {"loss=": loss or loss_sum}
         self._functions |= {f"metrics= {name!r}": metric for name, metric in metrics.items()}
+        self._state = _State(model)
+        self._draws = False
+        self._buffers: tuple[str, ...] = ()
         self.sums: dict[str, float] = {}
         """The sums that were tried, by argument and part of the data."""
         self.conversions: list[str] = []
@@ -73,45 +76,25 @@ class Trial:
 
     def run(self, split: Split[Part]) -> Verdict:
         """Try all on samples of both parts, in training mode on those to train on, as the loop will."""
-        verdict, before = Verdict(split), _State(self._model)
+        most = EVALUATION_BATCH if isinstance(split.test, Dataset) else self._batch_size or EVALUATION_BATCH
         with random_states_as_found():
             try:
-                train = self._try_part("train", split.train, self._batch_size, verdict, before)
-                most = EVALUATION_BATCH if isinstance(split.test, Dataset) else self._batch_size or EVALUATION_BATCH
-                test = self._try_part("test", split.test, most, verdict, before)
+                train, has_accuracy = self._try_part("data.train", split.train, self._batch_size, training=True)
+                test, tested_too = self._try_part("data.test", split.test, most, training=False)
             finally:
-                before.restore_buffers()
-        verdict.parts = Split(train, test)
-        return verdict
+                self._state.restore_buffers()
+        return Verdict(Split(train, test), has_accuracy and tested_too, self._draws, self._buffers)
 
-    def _try_part(self, part: str, samples: Part, most: int, verdict: Verdict, before: "_State") -> Part:
-        """Try `samples`; returns them in the types that are needed."""
-        name, training = f"data.{part}", part == "train"
+    def _try_part(self, name: str, samples: Part, most: int, *, training: bool) -> tuple[Part, bool]:
+        """Try `samples`; returns them in the types that are needed, and True if accuracy means something for them."""
         count = len(samples.inputs) if isinstance(samples, Dataset) else samples.length
         terms = _Terms(self._micro_batches, min(most or count, count), exact=self._exact)
         self._model.train(training)
-        before.restore_buffers()
+        self._state.restore_buffers()
         with torch.inference_mode(mode=not training):
-            given, targets = self._first(samples)
-            inputs = mapped(self._converted, given)
-            if any(one.dtype != other.dtype for one, other in zip(leaves(given), leaves(inputs), strict=True)):
-                to = _dtype_of(self._model)
-                self.conversions.append(f"the inputs of {name} are converted from torch.float64 to {to}")
-            start = self._seed()
-            logits = _run(self._model, inputs, f"{name}.inputs")
-            if training:
-                verdict.buffers = before.changed()
-            if self._exact:
-                before.check_changes(training=training)
-                before.restore_buffers()
-                self._seed()
-                first, logits = logits, _run(self._model, inputs, "the same inputs")
-                if not _same(first, logits):
-                    raise UserError(
-                        "--reduction exact cannot train a model that gives two results for the same samples and random "
-                        "numbers: its result would depend on the rank. Leave out what changes from call to call, or "
-                        "use --reduction fast"
-                    )
+            inputs, targets = self._first(name, samples)
+            before = self._seed()
+            logits = self._run_twice(name, inputs, training=training) if self._exact else self._run(name, inputs)
             targets_type = None
             if self._is_default:
                 everything = samples.targets if isinstance(samples, Dataset) else targets
@@ -123,14 +106,43 @@ class Trial:
                 self.sums[f"{what} of {name}"] = total.item()
                 if training and what == "loss=":
                     _check_gradients(self._model, total, len(logits), terms)
-            verdict.draws = verdict.draws or bool(start.moved())
+            self._draws = self._draws or bool(before.moved())
             self._try_fewer(name, inputs, targets, count, terms.batch)
         taken = self._taken(samples, targets_type)
-        verdict.has_accuracy &= _has_accuracy(logits, taken.targets if isinstance(taken, Dataset) else targets)
-        return taken
+        return taken, _has_accuracy(logits, taken.targets if isinstance(taken, Dataset) else targets)
 
-    def _first(self, samples: Part) -> tuple[Any, Any]:
-        """Inputs and targets of the first few samples, on the device."""
+    def _run(self, name: str, inputs: Any) -> Tensor:
+        """The logits of `inputs`; notes the buffers that are changed in training."""
+        logits = _logits_of(self._model, inputs, f"{name}.inputs")
+        if self._model.training:
+            self._buffers = self._state.changed()
+        return logits
+
+    def _run_twice(self, name: str, inputs: Any, *, training: bool) -> Tensor:
+        """The logits of `inputs`, which must be the same from the same random numbers and buffers."""
+        first = self._run(name, inputs)
+        self._state.check_changes(training=training)
+        self._state.restore_buffers()
+        self._seed()
+        logits = self._run(name, inputs)
+        if not _same(first, logits):
+            raise UserError(
+                "--reduction exact cannot train a model that gives two results for the same samples and random "
+                "numbers: its result would depend on the rank. Leave out what changes from call to call, or "
+                "use --reduction fast"
+            )
+        return logits
+
+    def _first(self, name: str, samples: Part) -> tuple[Any, Any]:
+        """Inputs and targets of the first few samples, on the device, in the type of the model."""
+        given, targets = self._read(samples)
+        inputs = mapped(self._converted, given)
+        if any(one.dtype != other.dtype for one, other in zip(leaves(given), leaves(inputs), strict=True)):
+            to = _dtype_of(self._model)
+            self.conversions.append(f"the inputs of {name} are converted from torch.float64 to {to}")
+        return inputs, targets
+
+    def _read(self, samples: Part) -> tuple[Any, Any]:
         if isinstance(samples, Dataset):
             return samples.inputs[:TRIED], samples.targets[:TRIED]
         numbers = range(min(TRIED, samples.length))
@@ -185,7 +197,7 @@ class Trial:
 
     def _try_so_few(self, name: str, inputs: Any, targets: Any, size: int) -> None:
         fewer, fewer_targets = mapped(lambda tensor: tensor[:size], (inputs, targets))
-        logits = _run(self._model, fewer, f"{name}.inputs[:{size}], as few as a step may leave a rank,")
+        logits = _logits_of(self._model, fewer, f"{name}.inputs[:{size}], as few as a step may leave a rank,")
         for what, function in self._functions.items():
             _call(what, function, logits, fewer_targets)
 
@@ -222,7 +234,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype | None:
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
-def _run(model: nn.Module, inputs: Any, name: str) -> Tensor:
+def _logits_of(model: nn.Module, inputs: Any, name: str) -> Tensor:
     """The logits of `inputs`, one row for each sample."""
     own, hint = _dtype_of(model), ""
     if own is not None and isinstance(inputs, Tensor) and inputs.dtype != own:
@@ -432,7 +444,10 @@ class Constancy:
 
     def __init__(self, model: nn.Module, *, draws: bool, buffers: Collection[str]) -> None:
         self._model, self._draws, self._known = model, draws, frozenset(buffers)
-        self._states, self._marks = RandomStates(), self._mark()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._states, self._marks = None if self._draws else RandomStates(), self._mark()
 
     def _mark(self) -> dict[str, tuple[int, int]]:
         others = ((name, buffer) for name, buffer in self._model.named_buffers() if name not in self._known)
@@ -441,20 +456,21 @@ class Constancy:
             for name, buffer in others
         }
 
-    def check(self) -> None:
-        """Raise `UserError` for those that there were since the last call: other ranks may have had none."""
-        states, marks = RandomStates(), self._mark()
-        if moved := self._states.moved() if not self._draws else []:
-            raise UserError(
-                f"random numbers were drawn ({', '.join(moved)}) in a training that drew none in the samples that were "
-                "tried, so they were not seeded: draw them from the first pass on, or use --reduction fast"
+    def breach(self) -> str:
+        """What was found since the last call, as a message; empty for nothing. Other ranks may have found nothing."""
+        marks, found = self._mark(), ""
+        if moved := self._states.moved() if self._states is not None else []:
+            found = (
+                f"random numbers were drawn ({', '.join(moved)}) in a training that drew none for the samples that "
+                "were tried, so they were not seeded: draw them from the first pass on, or use --reduction fast"
             )
-        if changed := [name for name, mark in marks.items() if mark != self._marks.get(name)]:
-            raise UserError(
-                f"the forward pass has changed buffers ({', '.join(changed)}) that it left alone in the samples that "
+        elif changed := [name for name, mark in marks.items() if mark != self._marks.get(name)]:
+            found = (
+                f"the forward pass has changed buffers ({', '.join(changed)}) that it left alone for the samples that "
                 "were tried, so they were not summed: change them from the first pass on, or use --reduction fast"
             )
-        self._states, self._marks = states, marks
+        self._begin()
+        return found
 
 
 def _same(one: Any, other: Any) -> bool:
