@@ -5,11 +5,14 @@ passed over. Before each sample is read, all generators are seeded from the seed
 """
 
 import ctypes
+import multiprocessing
 import os
 import re
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -20,6 +23,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from ddp_circles.data import mapped
 from ddp_circles.errors import SampleError
 from ddp_circles.explain import explain, kind_of
+from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.micro_batches import MicroBatch
 from ddp_circles.random_numbers import seed_generators
 from ddp_circles.sharding import Sharding
@@ -39,14 +43,14 @@ class MapStyle(Protocol):
 
 
 class Request(NamedTuple):
-    """The samples of one micro-batch."""
+    """The samples of a step that one rank needs, micro-batch by micro-batch."""
 
     epoch: int
     samples: list[int]
 
 
 class Reader(data.Dataset[Any]):
-    """Reads micro-batches from `dataset`, in this process or in a worker: each sample with random numbers of its own.
+    """Reads samples from `dataset`, in this process or in a worker: each with random numbers of its own.
 
     `name`: how messages call it, `data.train` or `data.test`. Once set, float64 inputs are converted to `inputs_type`,
     and targets to `targets_type`.
@@ -66,7 +70,7 @@ class Reader(data.Dataset[Any]):
         return f"{self.length} samples {self._fingerprint}".rstrip()
 
     def __getitem__(self, request: Request) -> tuple[Any, Any] | str:
-        """Inputs and targets of a micro-batch; or why they cannot be had, as a text that passes between processes."""
+        """Inputs and targets of a step; or why they cannot be had, as a text that passes between processes."""
         threads = torch.get_num_threads()
         if threads > 1:  # a worker has one, on which the bits of a sum may depend
             torch.set_num_threads(1)
@@ -126,14 +130,13 @@ class Loaded:
 
     def __init__(self, reader: Reader, *, workers: int, device: torch.device) -> None:
         self._reader, self._device = reader, device
-        inputs, targets = reader.read(0, [0])
-        self.nothing = self._on_device(0, *mapped(lambda tensor: tensor[:0], (inputs, targets)))
+        self.nothing = MicroBatch(0, *mapped(lambda tensor: tensor[:0].to(device), reader.read(0, [0])))
         self._plan = _Plan()
         if workers:
             reader.reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()
         self._loader: DataLoader[Any] | None = DataLoader(
             reader,
-            batch_size=None,  # the reader puts the micro-batches together
+            batch_size=None,  # the reader puts the samples together
             sampler=self._plan,
             num_workers=workers,
             collate_fn=_as_it_is,
@@ -155,23 +158,25 @@ class Loaded:
         """
         assert self._loader is not None
         self._plan.requests = (
-            Request(epoch, order[number :: sharding.micro_batches][slice(*sharding.bounds(step, number))].tolist())
+            Request(epoch, torch.cat(list(samples.values())).tolist())
             for step in range(first, sharding.steps)
-            for number in sharding.held(step)
+            if (samples := _samples(order, sharding, step))
         )
         self._contents = iter(self._loader)
         for step in range(first, sharding.steps):
-            yield [self._next(number) for number in sharding.held(step)]
+            yield self._take({number: len(samples) for number, samples in _samples(order, sharding, step).items()})
 
-    def _next(self, number: int) -> MicroBatch:
+    def _take(self, sizes: dict[int, int]) -> list[MicroBatch]:
+        """The micro-batches of one step, with their sizes by number."""
+        if not sizes:
+            return []
         content = next(self._contents)
         if isinstance(content, str):
             raise SampleError(content)
-        return self._on_device(number, *content)
-
-    def _on_device(self, number: int, inputs: Any, targets: Any) -> MicroBatch:
-        inputs, targets = mapped(lambda tensor: tensor.to(self._device, non_blocking=True), (inputs, targets))
-        return MicroBatch(number, inputs, targets)
+        content = mapped(lambda tensor: tensor.to(self._device, non_blocking=True), content)
+        # Each lies in memory of its own: the last bits of a product may depend on where its factors begin.
+        parts = zip(accumulate(sizes.values(), initial=0), sizes.items(), strict=False)
+        return [MicroBatch(number, *mapped(partial(_copy, start, size), content)) for start, (number, size) in parts]
 
     @contextmanager
     def naming_lost_workers(self) -> Iterator[None]:
@@ -181,7 +186,7 @@ class Loaded:
         except RuntimeError as error:
             if (lost := re.match(LOST_WORKER, str(error))) is None:
                 raise
-            samples = dict([] if self._reader.reading is None else self._reader.reading.tolist())
+            samples = self._readings()
             for process in map(int, lost[1].split(", ")):
                 if process in samples:
                     sample = f"{self._reader.name}[{samples[process]}]"
@@ -189,9 +194,19 @@ class Loaded:
             raise
 
     def close(self) -> None:
-        """End the worker processes."""
-        self._contents = iter(())
-        self._loader = None
+        """End the worker processes, in bounded time."""
+        if (shut_down := getattr(self._contents, "_shutdown_workers", None)) is not None:
+            shut_down()  # the iterator may live on in a traceback, and torch has no public way
+        readings = self._readings()
+        for process in multiprocessing.active_children():
+            if process.pid in readings:  # one that hangs in the data set
+                process.kill()
+                process.join()
+        self._contents, self._loader = iter(()), None
+
+    def _readings(self) -> dict[int, int]:
+        """The sample that each worker reads, by its process."""
+        return dict([] if self._reader.reading is None else self._reader.reading.tolist())
 
 
 class _Plan(data.Sampler[Request]):
@@ -204,13 +219,29 @@ class _Plan(data.Sampler[Request]):
         return iter(self.requests)
 
 
+def _samples(order: Tensor, sharding: Sharding, step: int) -> dict[int, Tensor]:
+    """The samples of this rank's micro-batches in a step, by number; without those that hold none."""
+    parts = {number: slice(*sharding.bounds(step, number)) for number in sharding.owned()}
+    return {
+        number: order[number :: sharding.micro_batches][part]
+        for number, part in parts.items()
+        if part.start < part.stop
+    }
+
+
+def _copy(start: int, size: int, values: Tensor) -> Tensor:
+    return values[start : start + size].clone()
+
+
 def _as_it_is(content: Any) -> Any:
     return content
 
 
 def _begin_worker(number: int) -> None:
-    """Note this worker's process, and let it end with the rank that it reads for, whose locks and sockets it holds."""
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    """Note this worker's process, and let it end with the rank that it reads for, and with nothing else."""
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # else it would hold the rank's locks and sockets on
+    for stop in STOP_SIGNALS:  # some launchers send them to all processes, and the rank has to finish its step
+        signal.signal(stop, signal.SIG_IGN)
     worker = get_worker_info()
     assert worker is not None
     reading = cast(Reader, worker.dataset).reading

@@ -55,10 +55,6 @@ class Sharding:
         """The numbers of the micro-batches that this rank runs in each step."""
         return range(self.rank, self.micro_batches, self.world_size)
 
-    def held(self, step: int) -> list[int]:
-        """The numbers of those that hold a sample in `step`."""
-        return [number for number in self.owned() if range(*self.bounds(step, number))]
-
     def step_size(self, step: int) -> int:
         """Samples of `step` over all ranks."""
         return self.seen(step + 1) - self.seen(step)
