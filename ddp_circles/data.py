@@ -76,6 +76,15 @@ def leaves(values: Any) -> list[Tensor]:
     return found
 
 
+def same(one: Any, other: Any) -> bool:
+    """True for equal tensors, in structures alike; NaN equals NaN."""
+    pairs = list(zip(leaves(one), leaves(other), strict=False))
+    return len(pairs) == len(leaves(one)) == len(leaves(other)) and all(
+        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124
+        for a, b in pairs
+    )
+
+
 def digest(tensors: Iterable[Tensor]) -> str:
     """Compute the SHA-256 of `tensors`, in hexadecimal; the same on any device."""
     found = hashlib.sha256()

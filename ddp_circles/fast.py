@@ -1,6 +1,6 @@
 """Plain DistributedDataParallel: the fastest sums, and no promise about their last bits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -19,8 +19,8 @@ class FastReducer:
     """Plain DDP: one micro-batch per rank, the backend's own all-reduce, no promise about the last bits.
 
     The ranks agree on metrics and stop requests every `AGREES_EVERY` steps and after an epoch's last. `replica`:
-    the DDP wrapper; in a world of one the bare module. `buffers`: those of `bare` that its forward pass changes, by
-    name; rank 0's are taken over before each evaluation, as DDP does before each forward pass.
+    the DDP wrapper of `bare`; in a world of one that module. Rank 0's buffers are taken over before each evaluation, as
+    DDP does before each forward pass.
     """
 
     def __init__(
@@ -28,13 +28,12 @@ class FastReducer:
         bare: nn.Module,
         replica: nn.Module,
         *,
-        buffers: Sequence[str] = (),
         world: World,
         tally: LocalTally,
         stop_requested: Callable[[], bool],
     ) -> None:
         self.micro_batches = world.ranks.world_size
-        self._bare, self._buffers = bare, buffers
+        self._bare = bare
         self._parameters = [parameter for parameter in bare.parameters() if parameter.requires_grad]
         self._pass: Pass = (replica, nullcontext())
         self._world = world
@@ -58,7 +57,7 @@ class FastReducer:
         if not last and (step + 1) % AGREES_EVERY:
             return None
         if last and self._world.ranks.world_size > 1:
-            copy_from_rank_0([self._bare.get_buffer(name) for name in self._buffers])
+            copy_from_rank_0(self._bare.buffers())
         sums = self._tally.take(self.micro_batches * AGREES_EVERY)
         # An earlier step's NaN shows in the losses by now; this step's update may be about to be saved.
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ddp_circles.errors import OutOfRangeError, StopRequestedError
 from ddp_circles.exact import ExactReducer, SideBySideReducer
@@ -29,6 +28,7 @@ from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
 from ddp_circles.micro_batches import MicroBatch, Source
+from ddp_circles.optimization import Optimization
 from ddp_circles.random_numbers import seed_generators
 from ddp_circles.sharding import Sharding, TensorSampler
 
@@ -83,7 +83,7 @@ class Training:
     """
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Optimization
     loss: LossFunction
     reducer: ExactReducer | SideBySideReducer | FastReducer
     tally: LocalTally
@@ -96,7 +96,7 @@ class Training:
     evaluation_batch: int = EVALUATION_BATCH
     """Most test samples that go through `model` together, over all ranks."""
     draws: bool = False
-    """True if random numbers may be drawn in the passes: they are seeded for each micro-batch."""
+    """True if random numbers may be drawn: the generators are seeded for each micro-batch."""
     gradient_norm: Callable[[], Tensor] | None = None
     """The mean norm of the gradient over the steps since the last call, in units of 2^-24; int64 of shape [1]."""
 
@@ -106,11 +106,13 @@ class Training:
         return Sharding(samples, size, self.reducer.micro_batches, ranks.rank, ranks.world_size)
 
     def seeded(self, part: str, step: int, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """Seed all generators before each of the `micro_batches` of a step."""
+        """Seed all generators before each of the `micro_batches` of a step, and at its end, for the optimizer."""
         for micro_batch in micro_batches:
             if self.draws:
                 seed_generators(self.seed, part, step, micro_batch.number)
             yield micro_batch
+        if self.draws:
+            seed_generators(self.seed, part, step, "end")
 
 
 def train(training: Training, *, epochs: int, progress: Progress) -> None:

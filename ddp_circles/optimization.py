@@ -15,12 +15,15 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from ddp_circles.data import mapped
 from ddp_circles.errors import UserError
 from ddp_circles.explain import explain, kind_of
 from ddp_circles.fixed_point import LOSS_BITS, quantize
 from ddp_circles.plain import from_bytes, to_bytes
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+LARGEST_NORM = 2.0**38
+"""Larger ones, which only a training that diverges has, are reported as this."""
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 """From the bare module to an optimizer of its parameters."""
 MakeScheduler = Callable[[Optimizer], LRScheduler]
@@ -33,10 +36,7 @@ def default_optimizer(name: str, lr: float) -> MakeOptimizer:
 
 
 class Optimization:
-    """An optimizer whose steps are accompanied by clipping and a schedule, which are hooked to them.
-
-    Raises `UserError` for what cannot be used.
-    """
+    """An optimizer, with clipping before each of its steps and a schedule after it. Raises `UserError` for mistakes."""
 
     def __init__(
         self,
@@ -54,15 +54,31 @@ class Optimization:
         self._norms: list[Tensor] = []
         if max_grad_norm is not None:
             _check_max_grad_norm(max_grad_norm)
-            self.optimizer.register_step_pre_hook(lambda *_: self._clip(max_grad_norm))
         self._rates = self._rates_now()
-        if (scheduler := self._scheduler) is not None:
-            self.optimizer.register_step_post_hook(lambda *_: self._go_on(scheduler))
+        self.may_draw = not type(self.optimizer).__module__.startswith("torch.optim.")
+        """True for an optimizer of the caller's own, which may draw random numbers in its steps."""
+
+    def zero_grad(self) -> None:
+        """Zero the gradients."""
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """Scale the summed gradient down, step the optimizer, and go on to the schedule's next learning rate."""
+        if self._max_grad_norm is not None:
+            self._clip(self._max_grad_norm)
+        self.optimizer.step()
+        if self._scheduler is not None:
+            self._rates = self._rates_now()
+            try:
+                self._scheduler.step()
+            except ValueError as error:
+                raise UserError(f"scheduler= cannot go on: {explain(error)}") from None
 
     def identity(self) -> str:
         """A digest of all settings, before the first step; functions are left out, of which no state is saved."""
         names = [type(part).__name__ for part in (self.optimizer, self._scheduler)]
-        return hashlib.sha256(f"{names} {self.state()} {self._max_grad_norm}".encode()).hexdigest()
+        state = mapped(Tensor.tolist, self.state())  # a tensor's own text is rounded
+        return hashlib.sha256(f"{names} {state} {self._max_grad_norm}".encode()).hexdigest()
 
     def state(self) -> dict[str, Any]:
         """The state to be saved, of `optimizer` and `scheduler`."""
@@ -84,15 +100,10 @@ class Optimization:
     def _rates_now(self) -> list[float]:
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def _go_on(self, scheduler: LRScheduler) -> None:
-        """End a step: the next one has the schedule's next learning rate."""
-        self._rates = self._rates_now()
-        scheduler.step()
-
     def mean_norm(self) -> Tensor:
         """The mean norm of the gradient over the steps since the last call, in units of 2^-24; int64 of shape [1]."""
         norms, self._norms = self._norms, []
-        return quantize(torch.stack(norms).mean(0, keepdim=True), LOSS_BITS)
+        return quantize(torch.stack(norms).mean(0, keepdim=True).clamp_(max=LARGEST_NORM), LOSS_BITS)
 
     @torch.no_grad()
     def _clip(self, max_norm: float) -> None:
@@ -148,6 +159,8 @@ def _make_scheduler(optimizer: Optimizer, make: MakeScheduler) -> LRScheduler:
         raise UserError(f"scheduler= failed: {explain(error)}") from None
     if not isinstance(scheduler, LRScheduler):
         raise UserError(f"scheduler= must return a torch scheduler, got {kind_of(scheduler)}")
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise UserError("scheduler= is that of another optimizer: build it from the optimizer that it is given")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UserError(
             "scheduler= ReduceLROnPlateau waits for a figure of each epoch, and fit() steps a scheduler after each "

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_circles import loop
 from ddp_circles.buffers import Buffers
 from ddp_circles.config import Config, flags_of, in_arguments, naming_arguments
+from ddp_circles.constancy import Constancy
 from ddp_circles.contract import Part
 from ddp_circles.data import Dataset, Split
 from ddp_circles.errors import EXIT_STOPPED, StopRequestedError, UserError
@@ -41,7 +42,7 @@ from ddp_circles.records.resume import Found, open_run
 from ddp_circles.records.wandb_follower import WandbFollower, choose_mode, choose_project, new_run_id
 from ddp_circles.side_by_side import SideBySide
 from ddp_circles.terminal import open_streams, warn
-from ddp_circles.trial import Constancy, Verdict
+from ddp_circles.trial import Verdict
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
 
     exact = config.reduction == "exact"
     tally = LocalTally(world.device, metrics=given.metrics, accuracy=verdict.has_accuracy, exact=exact)
+    reducer = _make_reducer(config, world, passes.network, tally, verdict.buffers)
+    draws = passes.draws or optimization.may_draw
     samples = len(passes.train_set)
     recorder = Recorder(
         watch=world.watch,
@@ -151,14 +154,15 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         metrics=found.state.get("metrics", {}),
         checkpoint_step=found.state.get("global_step"),
         learning_rates=optimization.learning_rates if given.identities["optimization"] else dict,
-        check=_make_check(world, bare, verdict) if exact and given.verdict else lambda: None,
+        constancy=Constancy(bare, draws=draws, buffers=verdict.buffers) if exact and given.verdict else None,
+        refuse=world.refuse,
     )
     at_end.callback(recorder.close)
     training = loop.Training(
         model=passes.network,
-        optimizer=optimization.optimizer,
+        optimizer=optimization,
         loss=passes.loss,
-        reducer=_make_reducer(config, world, passes.network, tally, verdict.buffers),
+        reducer=reducer,
         tally=tally,
         world=world,
         train_set=passes.train_set,
@@ -167,7 +171,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         seed=config.seed,
         events=recorder,
         evaluation_batch=passes.evaluation_batch,
-        draws=passes.draws,
+        draws=draws,
         gradient_norm=optimization.mean_norm if optimization.clips else None,
     )
     begun = f"continue after step {recorder.global_step(progress)}" if found.state else "start"
@@ -195,25 +199,13 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     return Result(bare, recorder.metrics, path, world.ranks.is_main)
 
 
-def _make_check(world: World, bare: nn.Module, verdict: Verdict) -> Callable[[], None]:
-    """A check that nothing changes that the trial has found constant; all ranks raise what one of them finds."""
-    constancy = Constancy(bare, draws=verdict.draws, buffers=verdict.buffers)
-
-    def check() -> None:
-        breach = constancy.breach()
-        if world.sum(torch.tensor([len(breach)], device=world.device)).item():
-            raise UserError(next(filter(None, world.gather(breach))))
-
-    return check
-
-
 def _make_reducer(
     config: Config, world: World, network: nn.Module, tally: LocalTally, buffers: Sequence[str]
 ) -> ExactReducer | SideBySideReducer | FastReducer:
     """The gradient reducer for `network`, wrapped in DDP unless the world has one rank."""
     replica = DistributedDataParallel(network, gradient_as_bucket_view=True) if world.ranks.world_size > 1 else network
     if config.reduction == "fast":
-        return FastReducer(network, replica, buffers=buffers, world=world, tally=tally, stop_requested=stop_requested)
+        return FastReducer(network, replica, world=world, tally=tally, stop_requested=stop_requested)
     if isinstance(replica, DistributedDataParallel):
         replica.broadcast_buffers = False  # they are summed; as an argument it has another name in each torch release
     idle = world.ranks.world_size - config.micro_batches

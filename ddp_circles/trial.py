@@ -4,7 +4,7 @@ Every rank tries by itself: given the same, all ranks come to the same verdict. 
 and so every bit that follows, stay as they were.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_circles.contract import Part, check_values, explained, first_wrong
-from ddp_circles.data import Dataset, Split, leaves, mapped
+from ddp_circles.data import Dataset, Split, leaves, mapped, same
 from ddp_circles.errors import SampleError, UserError
 from ddp_circles.explain import dtype_of, kind_of
 from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, largest_term
@@ -115,7 +115,7 @@ class Trial:
         """The logits of `inputs`; notes the buffers that are changed in training."""
         logits = _logits_of(self._model, inputs, f"{name}.inputs")
         if self._model.training:
-            self._buffers = self._state.changed()
+            self._buffers = self._state.written()
         return logits
 
     def _run_twice(self, name: str, inputs: Any, *, training: bool) -> Tensor:
@@ -125,7 +125,7 @@ class Trial:
         self._state.restore_buffers()
         self._seed()
         logits = self._run(name, inputs)
-        if not _same(first, logits):
+        if not same(first, logits):
             raise UserError(
                 "--reduction exact cannot train a model that gives two results for the same samples and random "
                 "numbers: its result would depend on the rank. Leave out what changes from call to call, or "
@@ -151,7 +151,7 @@ class Trial:
             again = samples.read(0, numbers) if self._exact else first
         except SampleError as error:
             raise UserError(str(error)) from None
-        if not _same(first, again):
+        if not same(first, again):
             raise UserError(
                 f"{samples.name} gives other samples when it is read again with the same random numbers: draw from "
                 "torch's global generator, Python's random or numpy.random, which are seeded for each sample, and not "
@@ -245,7 +245,7 @@ def _logits_of(model: nn.Module, inputs: Any, name: str) -> Tensor:
         logits = model(given := mapped(Tensor.clone, inputs))
     if versions != [parameter._version for parameter in model.parameters()]:  # noqa: SLF001
         raise UserError("model= changes its parameters in its forward pass: leave that to the optimizer")
-    if not _same(given, inputs):
+    if not same(given, inputs):
         raise UserError("model= changes its inputs in place, which are needed again: let it work on a copy")
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise UserError(f"model= must return one tensor of floating-point logits, got {kind_of(logits)}")
@@ -312,7 +312,7 @@ def _call(what: str, function: Metric, logits: Tensor, targets: Any) -> Tensor:
     """The function's sum, a finite scalar; of no samples it must be 0."""
     with explained(f"{what} failed on logits of {_form(logits)}, and targets of {_form(targets)}"):
         value = function(*(given := mapped(Tensor.clone, (logits, targets))))
-    if not _same(given, (logits, targets)):
+    if not same(given, (logits, targets)):
         raise UserError(f"{what} changes logits or targets in place, which are needed again: let it work on copies")
     if not isinstance(value, Tensor) or value.ndim or value.is_complex() or value.device != logits.device:
         kind = f"{kind_of(value)}{f' on {value.device}' if isinstance(value, Tensor) else ''}"
@@ -328,8 +328,9 @@ def _call(what: str, function: Metric, logits: Tensor, targets: Any) -> Tensor:
 def _check_sum(what: str, function: Metric, logits: Tensor, targets: Any) -> Tensor:
     """The function's sum, which must be that of its parts."""
     count, cut = len(logits), max(1, len(logits) // 3)
+    before = RandomStates()
     whole = _call(what, function, logits, targets)
-    if count > 1:
+    if count > 1 and not before.moved():  # with other random numbers the parts would come to something else
         first, rest = (_call(what, function, *parts) for parts in _cut(cut, (logits, targets)))
         a, b, c = whole.item(), first.item(), rest.item()
         rounding = torch.finfo(whole.dtype).eps if whole.is_floating_point() else 0.0
@@ -403,15 +404,28 @@ class _State:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+        self._versions = self._count_writes()
+
+    def _count_writes(self) -> dict[str, int]:
+        return {name: buffer._version for name, (buffer, _) in self._buffers.items()}  # noqa: SLF001
+
+    def written(self) -> tuple[str, ...]:
+        """The buffers that something was written to since they were put back, be it what they held, by name."""
+        now, writes, changed = dict(self._model.named_buffers()), self._count_writes(), self.changed()
+        return tuple(
+            name
+            for name, (buffer, _) in self._buffers.items()
+            if name in changed or writes[name] != self._versions[name] or now.get(name) is not buffer
+        )
 
     def changed(self) -> tuple[str, ...]:
         """The buffers that hold something else, by name."""
         now = dict(self._model.named_buffers())
-        return tuple(name for name, (_, value) in self._buffers.items() if not _same(now.get(name), value))
+        return tuple(name for name, (_, value) in self._buffers.items() if not same(now.get(name), value))
 
     def check_changes(self, *, training: bool) -> None:
         """Refuse changes that exact sums cannot follow."""
-        now = dict(self._model.named_buffers())
+        now, saved = dict(self._model.named_buffers()), self._model.state_dict().keys()
         for name in self.changed():
             new, old = now.get(name), self._buffers[name][1]
             if not training:
@@ -420,6 +434,10 @@ class _State:
                 why = f"it was {kind_of(old)} and becomes {kind_of(new)}: keep its shape and type"
             elif new.dtype == torch.bool or new.is_complex():
                 why = f"it is {dtype_of(new)}, and changes are added up: use numbers"
+            elif not (new.isfinite().all() and old.isfinite().all()):
+                why = "it is not finite, and changes are added up: let it begin with a finite number"
+            elif name not in saved:
+                why = "it changes, and a checkpoint would not hold it: register it with persistent=True"
             else:
                 continue
             raise UserError(
@@ -431,52 +449,7 @@ class _State:
         for name, (buffer, value) in self._buffers.items():
             module, _, own_name = name.rpartition(".")
             setattr(self._model.get_submodule(module), own_name, buffer)
-            if not _same(buffer, value):
+            if not same(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
-
-
-class Constancy:
-    """Finds random numbers and changes of buffers that the trial on a few samples did not show.
-
-    `draws` and `buffers`: those that it has shown.
-    """
-
-    def __init__(self, model: nn.Module, *, draws: bool, buffers: Collection[str]) -> None:
-        self._model, self._draws, self._known = model, draws, frozenset(buffers)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._states, self._marks = None if self._draws else RandomStates(), self._mark()
-
-    def _mark(self) -> dict[str, tuple[int, int]]:
-        others = ((name, buffer) for name, buffer in self._model.named_buffers() if name not in self._known)
-        return {
-            name: (id(buffer), -1 if buffer.is_inference() else buffer._version)  # noqa: SLF001 - counts changes in place
-            for name, buffer in others
-        }
-
-    def breach(self) -> str:
-        """What was found since the last call, as a message; empty for nothing. Other ranks may have found nothing."""
-        marks, found = self._mark(), ""
-        if moved := self._states.moved() if self._states is not None else []:
-            found = (
-                f"random numbers were drawn ({', '.join(moved)}) in a training that drew none for the samples that "
-                "were tried, so they were not seeded: draw them from the first pass on, or use --reduction fast"
-            )
-        elif changed := [name for name, mark in marks.items() if mark != self._marks.get(name)]:
-            found = (
-                f"the forward pass has changed buffers ({', '.join(changed)}) that it left alone for the samples that "
-                "were tried, so they were not summed: change them from the first pass on, or use --reduction fast"
-            )
-        self._begin()
-        return found
-
-
-def _same(one: Any, other: Any) -> bool:
-    """True for equal tensors, in structures alike; NaN equals NaN."""
-    pairs = list(zip(leaves(one), leaves(other), strict=False))
-    return len(pairs) == len(leaves(one)) == len(leaves(other)) and all(
-        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124
-        for a, b in pairs
-    )
+        self._versions = self._count_writes()

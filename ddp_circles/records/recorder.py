@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from ddp_circles.constancy import Constancy
 from ddp_circles.errors import FileError, RunDirTakenError, StopRequestedError
 from ddp_circles.job.faults import Rehearsal
 from ddp_circles.job.stop import stop_requested
@@ -52,8 +53,10 @@ class Recorder:
     """Global step of the newest checkpoint; None while there is none."""
     learning_rates: Callable[[], Row]
     """Those of the last step, by the names that they are logged under."""
-    check: Callable[[], None]
-    """Called at the end of an epoch; raises the same `UserError` on all ranks if it may not count."""
+    constancy: Constancy | None
+    """None where nothing is promised, or nothing can change."""
+    refuse: Callable[[str], None]
+    """Raises the same `UserError` on all ranks if one of them has a message."""
     _training: bool = False
     _epoch_began: float = 0.0
     _epoch_train_seconds: float = 0.0
@@ -93,7 +96,8 @@ class Recorder:
 
     def epoch_done(self, progress: Progress, test: Tally) -> None:
         """Log the epoch's line."""
-        self.check()
+        if self.constancy is not None:
+            self.refuse(self.constancy.breach())
         trained = progress.train.count - self._seen_before
         self.metrics = {
             "epoch": progress.epoch,
@@ -119,7 +123,12 @@ class Recorder:
         return time.monotonic() - self._saved_at >= writer.checkpoint_seconds
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint; if that fails, warn and go on: the older ones are intact."""
+        """Write a checkpoint; if that fails, warn and go on: the older ones are intact.
+
+        None is written of an epoch that will be refused.
+        """
+        if self.writer is not None and self.constancy is not None and self.constancy.breach():
+            return
         try:
             self.save_or_raise(progress)
         except OSError as error:

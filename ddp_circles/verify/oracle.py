@@ -28,6 +28,7 @@ from ddp_circles.loop import Training, train
 from ddp_circles.metrics import LocalTally, Progress, Tally
 from ddp_circles.micro_batches import OneByOne
 from ddp_circles.models import Classifier, loss_sum
+from ddp_circles.optimization import Optimization, default_optimizer
 from ddp_circles.verify.injection import Mark, Trouble
 
 EPOCHS = 2
@@ -142,7 +143,7 @@ def _train(
     tally = LocalTally(world.device)
     training = Training(
         model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=0.01, fused=True),
+        optimizer=Optimization(model, default_optimizer("adam", lr=0.01)),
         loss=loss_sum,
         reducer=ExactReducer(
             model,

@@ -38,7 +38,7 @@ def step(network: nn.Module, optimization: Optimization, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     for parameter in network.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimization.optimizer.step()
+    optimization.step()
 
 
 def sequence(optimizer: Optimizer) -> LRScheduler:
@@ -163,7 +163,7 @@ def test_a_step_that_takes_its_base_s_is_one_step() -> None:
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
     norm = math.sqrt(sum(parameter.numel() for parameter in network.parameters()))
-    optimization.optimizer.step()
+    optimization.step()
     assert optimization.optimizer.param_groups[0]["lr"] == 0.5
     assert optimization.learning_rates() == {"lr": 1.0}
     assert optimization.mean_norm().item() / 2**LOSS_BITS == pytest.approx(norm, rel=1e-6)
