@@ -584,7 +584,9 @@ def test_items_of_all_kinds(tmp_path: Path, from_tensors: Bits) -> None:
     for size, workers in ((1, 0), (2, 1)):
         with Job(train_items, size, tmp_path / str(size), workers) as job:
             outcomes = job.wait(90)
-        assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[-1].output
+        assert [outcome.code for outcome in outcomes] == [0] * size, "\n".join(
+            outcome.output[-3000:] for outcome in outcomes
+        )
         found[size] = outcomes[0].value
         said = dict(part.split("\n", 1) for part in outcomes[0].output.split("-- ")[1:])
         for name, text in said.items():
