@@ -45,10 +45,11 @@ def check_data(data: Any, seed: int) -> Split[Part]:
 
 def _check_part(name: str, samples: Any, seed: int) -> Part:
     if _is_map_style(samples):
-        reader = Reader(samples, name, seed)
+        with explained(f"{name} cannot tell its length and fingerprint"):
+            reader, fingerprint = Reader(samples, name, seed), getattr(samples, "fingerprint", "")
         if reader.length == 0:
             raise UserError(f"{name} holds no samples: give one at least")
-        if not isinstance(fingerprint := getattr(samples, "fingerprint", ""), str):
+        if not isinstance(fingerprint, str):
             raise UserError(f"{name}.fingerprint must be a text, got {kind_of(fingerprint)}")
         return reader
     given = zip(Dataset._fields, _pair(name, samples, Dataset._fields), strict=True)

@@ -14,6 +14,7 @@ from ddp_circles.data import CACHED_FROM, Dataset, Split, cached_points, digest,
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import spell_ranks
 from ddp_circles.job.world import World
+from ddp_circles.loading import Reader
 from ddp_circles.loop import LossFunction
 from ddp_circles.memory import require_memory
 from ddp_circles.metrics import Metric
@@ -132,8 +133,11 @@ def _try(
     )
     run = partial(trial.run, split)
     verdict = world.together(partial(_without_data, run) if brought.data is None else run)
-    for line in trial.conversions:
-        world.say(line)
+    for part in verdict.parts if brought.workers else ():
+        if isinstance(part, Reader):
+            world.together(part.check_handing_over)
+    if trial.conversion:
+        world.say(trial.conversion)
     _compare_tries(world, trial.sums)
     return verdict
 

@@ -5,23 +5,25 @@ passed over. Before each sample is read, all generators are seeded from the seed
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
-import re
+import pickle
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import data
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from ddp_circles.data import mapped
-from ddp_circles.errors import SampleError
+from ddp_circles.data import leaves, mapped
+from ddp_circles.errors import SampleError, UserError
 from ddp_circles.explain import explain, kind_of
 from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.micro_batches import MicroBatch
@@ -30,8 +32,6 @@ from ddp_circles.sharding import Sharding
 
 DIE_WITH_PARENT = 1
 """Linux's PR_SET_PDEATHSIG."""
-LOST_WORKER = r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*?)(?:\. |$)"
-"""The processes, and what befell them, in torch's message."""
 
 
 class MapStyle(Protocol):
@@ -60,14 +60,28 @@ class Reader(data.Dataset[Any]):
         self.name, self.length = name, len(dataset)
         self._dataset, self._seed = dataset, seed
         self._fingerprint = getattr(dataset, "fingerprint", "")
+        self._form: Any = None
+        """The form of all items, from the first read."""
         self.inputs_type: torch.dtype | None = None
         self.targets_type: torch.dtype | None = None
+        self.largest_target: int | None = None
+        """Once set, targets below 0 or above it are refused."""
         self.reading: Tensor | None = None
         """Process and sample of each worker, in memory that they share."""
 
     def describe(self) -> str:
         """Length and, if the data set has one, its `fingerprint`: what tells it from others."""
         return f"{self.length} samples {self._fingerprint}".rstrip()
+
+    def check_handing_over(self) -> None:
+        """Raise `UserError` if a worker could not hand over what it has read: the rank would wait for it for ever."""
+        try:
+            pickle.dumps(self.read(0, [0]))
+        except Exception as error:
+            raise UserError(
+                f"{self.name} has samples that a worker cannot hand over: {explain(error)}. Define their types at "
+                "the top level of a module, or leave workers= out"
+            ) from None
 
     def __getitem__(self, request: Request) -> tuple[Any, Any] | str:
         """Inputs and targets of a step; or why they cannot be had, as a text that passes between processes."""
@@ -82,6 +96,7 @@ class Reader(data.Dataset[Any]):
             if threads > 1:
                 torch.set_num_threads(threads)
 
+    @torch.no_grad()
     def read(self, epoch: int, samples: Iterable[int]) -> tuple[Any, Any]:
         """Inputs and targets of `samples`, collated; raises `SampleError`."""
         numbers = list(samples)
@@ -89,12 +104,13 @@ class Reader(data.Dataset[Any]):
         try:
             inputs, targets = default_collate(items)
         except Exception as error:
-            raise SampleError(
-                f"{self.name}: samples {', '.join(map(str, numbers))} cannot be put into one batch: {explain(error)}. "
-                "All must have the same shapes and types"
-            ) from None
-        for values in (inputs, targets):
-            mapped(lambda tensor: self._check_finite(tensor, numbers), values)
+            raise SampleError(f"{self.name}[{numbers[0]}] cannot be put into a batch: {explain(error)}") from None
+        for values in leaves((inputs, targets)):
+            if values.is_floating_point():
+                self._check(values.isfinite(), values, numbers, "a finite number: leave it out")
+        if self.largest_target is not None:
+            within = (targets >= 0) & (targets <= self.largest_target)
+            self._check(within, targets, numbers, f"a target between 0 and {self.largest_target}")
         if (to := self.inputs_type) is not None:
             inputs = mapped(lambda tensor: tensor.to(to) if tensor.dtype == torch.float64 else tensor, inputs)
         if self.targets_type is not None:
@@ -114,13 +130,33 @@ class Reader(data.Dataset[Any]):
                 f"{self.name}[{sample}] must be (inputs, target), with several inputs ((one, other), target), "
                 f"got {kind_of(item)}"
             )
+        # Compared with one item of all, and not within a batch: the samples of a batch depend on the number of ranks.
+        form = _form_of(item)
+        self._form = self._form or form
+        if form != self._form:
+            raise SampleError(
+                f"{self.name}[{sample}] is {form}, and the first one was {self._form}: give all samples the same "
+                "shapes and types"
+            )
         return item
 
-    def _check_finite(self, values: Tensor, samples: list[int]) -> Tensor:
-        if values.is_floating_point() and not values.isfinite().all():
-            bad = values.isfinite().reshape(len(values), -1).all(dim=1).logical_not().nonzero()
-            raise SampleError(f"{self.name}[{samples[int(bad[0])]}] holds a number that is not finite: leave it out")
-        return values
+    def _check(self, good: Tensor, values: Tensor, samples: list[int], expected: str) -> None:
+        """Raise `SampleError` if an element is not `good`, naming its sample."""
+        if not good.all():
+            row = int(good.reshape(len(good), -1).all(dim=1).logical_not().nonzero()[0])
+            value = values[row][good[row].logical_not()][0].item()
+            raise SampleError(f"{self.name}[{samples[row]}] holds {value}, not {expected}")
+
+
+def _form_of(value: Any) -> str:
+    """The structure of an item, with shapes and types."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_form_of(one)}' for key, one in value.items())}}}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_form_of, value))})"
+    return type(value).__name__
 
 
 class Loaded:
@@ -139,6 +175,8 @@ class Loaded:
             batch_size=None,  # the reader puts the samples together
             sampler=self._plan,
             num_workers=workers,
+            # Shares the data set, lambdas and all, and makes workers that end with the rank: other ways copy it.
+            multiprocessing_context="fork" if workers else None,
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -162,7 +200,7 @@ class Loaded:
             for step in range(first, sharding.steps)
             if (samples := _samples(order, sharding, step))
         )
-        self._contents = iter(self._loader)
+        self._contents = self._begin(self._loader)
         for step in range(first, sharding.steps):
             yield self._take({number: len(samples) for number, samples in _samples(order, sharding, step).items()})
 
@@ -170,7 +208,11 @@ class Loaded:
         """The micro-batches of one step, with their sizes by number."""
         if not sizes:
             return []
-        content = next(self._contents)
+        try:
+            content = next(self._contents)
+        except Exception:
+            self._name_lost_workers()  # torch's message does not, and may be about what it meets in their remains
+            raise
         if isinstance(content, str):
             raise SampleError(content)
         content = mapped(lambda tensor: tensor.to(self._device, non_blocking=True), content)
@@ -178,20 +220,32 @@ class Loaded:
         parts = zip(accumulate(sizes.values(), initial=0), sizes.items(), strict=False)
         return [MicroBatch(number, *mapped(partial(_copy, start, size), content)) for start, (number, size) in parts]
 
-    @contextmanager
-    def naming_lost_workers(self) -> Iterator[None]:
-        """Turn the end of a worker process, which torch reports anywhere in the body, into a `SampleError`."""
+    def _begin(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """Begin an epoch; the first one starts the worker processes."""
+        if not loader.num_workers or self._readings():
+            return iter(loader)
+        # A worker must not collect the rank's garbage: process groups in it wait for threads that the worker lacks.
+        gc.collect()
+        gc.freeze()
+        # Torch would raise the end of a worker wherever the rank is at that moment; it also looks in `next`.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGCHLD)
         try:
-            yield
-        except RuntimeError as error:
-            if (lost := re.match(LOST_WORKER, str(error))) is None:
-                raise
-            samples = self._readings()
-            for process in map(int, lost[1].split(", ")):
-                if process in samples:
-                    sample = f"{self._reader.name}[{samples[process]}]"
-                    raise SampleError(f"worker process {process}, which read {sample}, {lost[2]}") from None
-            raise
+            return iter(loader)
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+            gc.unfreeze()
+
+    def _name_lost_workers(self) -> None:
+        """Raise `SampleError` if a worker process is gone."""
+        alive = {process.pid for process in multiprocessing.active_children()}
+        for process, sample in self._readings().items():
+            if process not in alive:
+                raise SampleError(
+                    f"worker process {process}, which read {self._reader.name}[{sample}], has ended: was it killed, "
+                    "perhaps for lack of memory?"
+                ) from None
 
     def close(self) -> None:
         """End the worker processes, in bounded time."""
@@ -206,7 +260,8 @@ class Loaded:
 
     def _readings(self) -> dict[int, int]:
         """The sample that each worker reads, by its process."""
-        return dict([] if self._reader.reading is None else self._reader.reading.tolist())
+        readings = [] if self._reader.reading is None else self._reader.reading.tolist()
+        return {process: sample for process, sample in readings if process}
 
 
 class _Plan(data.Sampler[Request]):

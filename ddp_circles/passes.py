@@ -52,11 +52,10 @@ class Passes:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Name samples whose reader is lost, and end all readers with the body."""
+        """End the processes that read samples with the body."""
         with ExitStack() as at_end:
             for part in (self.train_set, self.test_set):
                 if isinstance(part, Loaded):
-                    at_end.enter_context(part.naming_lost_workers())
                     at_end.callback(part.close)
             yield
 

@@ -71,8 +71,8 @@ class Trial:
         self._buffers: tuple[str, ...] = ()
         self.sums: dict[str, float] = {}
         """The sums that were tried, by argument and part of the data."""
-        self.conversions: list[str] = []
-        """What becomes of the inputs, in words."""
+        self.conversion = ""
+        """What becomes of inputs of another type than the model's, in words."""
 
     def run(self, split: Split[Part]) -> Verdict:
         """Try all on samples of both parts, in training mode on those to train on, as the loop will."""
@@ -92,7 +92,7 @@ class Trial:
         self._model.train(training)
         self._state.restore_buffers()
         with torch.inference_mode(mode=not training):
-            inputs, targets = self._first(name, samples)
+            inputs, targets = self._first(samples)
             before = self._seed()
             logits = self._run_twice(name, inputs, training=training) if self._exact else self._run(name, inputs)
             targets_type = None
@@ -108,6 +108,8 @@ class Trial:
                     _check_gradients(self._model, total, len(logits), terms)
             self._draws = self._draws or bool(before.moved())
             self._try_fewer(name, inputs, targets, count, terms.batch)
+        if self._is_default and not isinstance(samples, Dataset):
+            samples.largest_target = logits.shape[1] - 1 if targets_type == torch.int64 else 1
         taken = self._taken(samples, targets_type)
         return taken, _has_accuracy(logits, taken.targets if isinstance(taken, Dataset) else targets)
 
@@ -133,13 +135,13 @@ class Trial:
             )
         return logits
 
-    def _first(self, name: str, samples: Part) -> tuple[Any, Any]:
+    def _first(self, samples: Part) -> tuple[Any, Any]:
         """Inputs and targets of the first few samples, on the device, in the type of the model."""
         given, targets = self._read(samples)
         inputs = mapped(self._converted, given)
         if any(one.dtype != other.dtype for one, other in zip(leaves(given), leaves(inputs), strict=True)):
             to = _dtype_of(self._model)
-            self.conversions.append(f"the inputs of {name} are converted from torch.float64 to {to}")
+            self.conversion = f"the inputs of data= are converted from torch.float64 to {to}, as the parameters are"
         return inputs, targets
 
     def _read(self, samples: Part) -> tuple[Any, Any]:
