@@ -15,7 +15,7 @@ from torch.utils.data import DistributedSampler
 
 from ddp_circles import micro_batches as cutting
 from ddp_circles.data import Dataset
-from ddp_circles.micro_batches import ROWS, cut_one_by_one, cut_side_by_side
+from ddp_circles.micro_batches import ROWS, OneByOne, Slices
 from ddp_circles.models import IGNORED
 from ddp_circles.sharding import Sharding, TensorSampler
 
@@ -41,8 +41,19 @@ def numbered(samples: int) -> Dataset:
 def own_micro_batches(order: torch.Tensor, sharding: Sharding, first: int = 0) -> list[list[list[int]]]:
     """One rank's samples in each step and micro-batch, which are the same in both ways."""
     data = numbered(sharding.samples)
-    apart = [[piece.targets.tolist() for piece in pieces] for pieces in cut_one_by_one(data, order, sharding, first)]
-    for step, [(inputs, targets)] in enumerate(cut_side_by_side(data, order, sharding, first)):
+    one_by_one, apart = OneByOne(data).steps(order, sharding, first=first, epoch=0), []
+    for step, pieces in enumerate(one_by_one, first):
+        positions = torch.arange(sharding.seen(step), sharding.seen(step + 1))
+        expected = {
+            number: order[positions[positions % sharding.micro_batches == number]] for number in sharding.owned()
+        }
+        # By its number a micro-batch draws random numbers.
+        assert [piece.number for piece in pieces] == [number for number, share in expected.items() if len(share)]
+        assert all(torch.equal(piece.targets, expected[piece.number]) for piece in pieces)
+        assert all(torch.equal(piece.inputs, piece.targets.view(-1, 1)) for piece in pieces)
+        apart.append([piece.targets.tolist() for piece in pieces])
+    for step, [(number, inputs, targets)] in enumerate(Slices(data).steps(order, sharding, first=first, epoch=0)):
+        assert number == sharding.rank
         slices, rows, features = inputs.shape
         assert features == 2
         assert slices >= min(2, sharding.micro_batches)
@@ -50,7 +61,7 @@ def own_micro_batches(order: torch.Tensor, sharding: Sharding, first: int = 0) -
         taken = targets != IGNORED
         assert torch.equal(inputs, torch.stack([targets * taken, taken], dim=1).view_as(inputs))
         beside = [row[row != IGNORED].tolist() for row in targets.view(slices, rows)]
-        assert [one for one in beside if one] == [one for one in apart[step] if one]
+        assert [one for one in beside if one] == apart[step]
         assert len(targets) == slices * rows
     assert len(apart) == sharding.steps - first == step + 1
     return apart
@@ -193,8 +204,8 @@ def test_ten_million_samples_are_never_a_list() -> None:
     tracemalloc.start()
     try:
         order = TensorSampler(samples, seed=42).order(3)
-        for cut in (cut_one_by_one, cut_side_by_side):
-            steps = cut(data, order, sharding, 0)
+        for source in (OneByOne(data), Slices(data)):
+            steps = source.steps(order, sharding, first=0, epoch=0)
             counts.append(sum(int((piece.targets != IGNORED).sum()) for pieces in steps for piece in pieces))
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -217,7 +228,7 @@ def test_work_per_rank_does_not_grow_with_the_number_of_ranks() -> None:
     for rank in range(world):
         sharding = Sharding(samples, 4096, micro_batches, rank, world)
         assert list(sharding.owned()) == [rank]
-        share = torch.cat([piece.targets for [piece] in cut_one_by_one(data, order, sharding, 0)])
+        share = torch.cat([piece.targets for [piece] in OneByOne(data).steps(order, sharding, first=0, epoch=0)])
         assert len(share) in (50, 51)
         used[share] += 1
         assert sharding.bounds(0, rank) == (0, 4)

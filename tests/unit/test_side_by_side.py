@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddp_circles.data import Dataset
-from ddp_circles.micro_batches import cut_side_by_side, slices_of
+from ddp_circles.micro_batches import Slices, slices_of
 from ddp_circles.models import Classifier, correct_count, labels_of, probabilities_of, slice_losses
 from ddp_circles.sharding import Sharding
 from ddp_circles.side_by_side import SideBySide, can_go_side_by_side, find_difference
@@ -38,7 +38,7 @@ def make(name: str, samples: int) -> tuple[Classifier, Dataset]:
 
 def run_step(bare: Classifier, data: Dataset, sharding: Sharding) -> tuple[Tensor, Tensor, Tensor]:
     """One rank's rows of gradient and loss for a step with all of `data`; its right answers, and the targets it saw."""
-    [[(inputs, targets)]] = cut_side_by_side(data, torch.arange(sharding.samples), sharding, 0)
+    [[(_, inputs, targets)]] = Slices(data).steps(torch.arange(sharding.samples), sharding, first=0, epoch=0)
     network = SideBySide(bare, len(inputs))
     logits = network(inputs)
     losses = slice_losses(logits, targets, slices=network.slices)
