@@ -221,18 +221,13 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
 @pytest.mark.parametrize(
     ("module", "why"),
     [
-        (nn.BatchNorm1d(4), "composition of each micro-batch"),
-        (nn.SyncBatchNorm(4), "composition of each micro-batch"),
-        (nn.Dropout(0.1), "random numbers depend on the rank"),
-        (nn.LazyBatchNorm1d(), "composition of each micro-batch"),
-        (nn.InstanceNorm1d(4, track_running_stats=True), "composition of each micro-batch"),
-        (nn.AlphaDropout(0.5), "random numbers depend on the rank"),
-        (nn.MultiheadAttention(4, 2, dropout=0.1), "random numbers depend on the rank"),
-        (nn.LSTM(4, 4, num_layers=2, dropout=0.1), "random numbers depend on the rank"),
-        (nn.RReLU(), "random numbers depend on the rank"),
+        (nn.SyncBatchNorm(4), "normalises over all ranks' samples"),
+        (nn.BatchNorm1d(4, momentum=None), "averages over all batches so far"),
+        (nn.LazyBatchNorm1d(momentum=None), "averages over all batches so far"),
+        (nn.InstanceNorm1d(4, momentum=None, track_running_stats=True), "averages over all batches so far"),
     ],
 )
-def test_models_that_depend_on_the_cut_are_refused(module: nn.Module, why: str) -> None:
+def test_models_that_average_over_other_samples_are_refused(module: nn.Module, why: str) -> None:
     model = nn.Sequential(nn.Linear(2, 4), nn.Sequential(module), nn.Linear(4, 1))
     with pytest.raises(
         UserError, match=rf"--reduction exact cannot train 1\.0 \({type(module).__name__}\).*{why}.*fast"
@@ -259,7 +254,12 @@ def test_models_that_cannot_be_summed_are_refused() -> None:
 
 def test_harmless_models_are_accepted() -> None:
     check_model(nn.Sequential(nn.Linear(2, 4), nn.GroupNorm(2, 4), nn.Dropout(0.0), nn.Linear(4, 1)))
-    check_model(nn.BatchNorm1d(4), exact=False)
+    check_model(nn.SyncBatchNorm(4), exact=False)
+    check_model(nn.BatchNorm1d(4, momentum=None), exact=False)
+    check_model(nn.Sequential(nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True)))
+    check_model(nn.BatchNorm1d(4, momentum=None, track_running_stats=False))
+    check_model(nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.1), nn.AlphaDropout(0.5), nn.RReLU()))
+    check_model(nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1), nn.LSTM(4, 4, num_layers=2, dropout=0.1)))
     check_model(nn.Sequential(nn.InstanceNorm1d(4), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4, num_layers=2)))
 
 
