@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ddp_circles import Config, Dataset, Split, fit
-from ddp_circles.contract import check_training
 from ddp_circles.errors import UserError
+from ddp_circles.trial import Trial, Verdict
 from tests.harness import wandb_log
 from tests.harness.ranks import Job, run_ranks
 from tests.harness.runs import bits, metrics
@@ -49,10 +49,10 @@ class Before(nn.Module):
 
     buffer: Tensor
 
-    def __init__(self, change: "Callable[[Before, Tensor], Any]") -> None:
+    def __init__(self, change: "Callable[[Before, Tensor], Any]", dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.layers, self.change = Layers(), change
-        self.register_buffer("buffer", torch.zeros(FEATURES))
+        self.register_buffer("buffer", torch.zeros(FEATURES, dtype=dtype))
 
     def forward(self, inputs: Tensor) -> Any:
         return self.layers(self.change(self, inputs))
@@ -62,6 +62,27 @@ def moving_average(module: Before, inputs: Tensor) -> Tensor:
     if module.training and len(inputs):
         module.buffer = 0.9 * module.buffer + 0.1 * inputs.mean(0)
     return inputs - module.buffer
+
+
+def changing(change: Callable[[Tensor], Tensor], training: bool = True) -> Callable[[Before, Tensor], Tensor]:
+    """Put what `change` makes of the buffer in its place, in training or else in evaluation."""
+
+    def forward(module: Before, inputs: Tensor) -> Tensor:
+        if module.training is training:
+            module.buffer = change(module.buffer)
+        return inputs
+
+    return forward
+
+
+def decaying(module: Before, inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        next(module.parameters()).mul_(0.9)
+    return inputs
+
+
+def batch_norm(**arguments: Any) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(FEATURES, **arguments), Layers())
 
 
 def unused() -> nn.Module:
@@ -111,7 +132,8 @@ def root(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def noisy(logits: Tensor, targets: Tensor) -> Tensor:
-    return squares(logits, targets) + 0 * torch.rand(())
+    """Squares with some noise, near enough to a sum over samples."""
+    return squares(logits, targets) * (1 + 1e-4 * torch.rand(()))
 
 
 def doubling(logits: Tensor, targets: Tensor) -> Tensor:
@@ -134,7 +156,12 @@ class Stateful(Layers):
 
 GENERATOR = torch.Generator()
 FAST = {"reduction": "fast"}
-DRAWS = 'cannot train a model that draws random numbers .*would depend on the rank.*reduction="fast"'
+CANNOT = 'reduction="exact" cannot train a model'
+OR_FAST = 'or use reduction="fast"$'
+TOO_FEW = (
+    r"model= failed on data\.train\.inputs\[:1\], as few as a step may leave a rank,.*more than 1 value.*\. A step of "
+)
+NEEDS_2 = ", and the model needs 2: the smallest change that will do is"
 SUM = r"must return the SUM over the samples.*reduction='sum'"
 GO_WITH = r"do not go with data\.train\.targets"
 
@@ -186,12 +213,22 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "unused, fast": (lambda: {"model": unused(), "settings": FAST}, r"take no part in the loss: extra\.weight"),
     "frozen, fast": (lambda: {"model": Layers().requires_grad_(False), "settings": FAST}, "nothing to train"),
     "detached": (lambda: {"model": Layers(last=lambda z: z.squeeze(1).detach())}, "loss= does not depend on"),
+    "batch norm of one sample": (
+        lambda: {"model": batch_norm()},
+        rf"{TOO_FEW}3 samples leaves 1 to one of 8 micro-batches{NEEDS_2} batch_size=18 or micro_batches=1$",
+    ),
+    "batch norm of one sample, all samples in a step": (
+        lambda: {"model": batch_norm(), "settings": {"batch_size": 0, "micro_batches": 18}},
+        rf"{TOO_FEW}35 samples leaves 1 to one of 18 micro-batches{NEEDS_2} micro_batches=17$",
+    ),
     "batch norm of one sample, fast": (
-        lambda: {
-            "model": nn.Sequential(nn.BatchNorm1d(FEATURES), Layers()),
-            "settings": FAST | {"batch_size": TRAINED_ON // 2},
-        },
-        r"model= failed on data\.train\.inputs\[:1\], as few as a step may leave a rank,",
+        lambda: {"model": batch_norm(), "settings": FAST | {"batch_size": TRAINED_ON // 2}},
+        rf"{TOO_FEW}1 samples leaves 1 to one of [123] ranks{NEEDS_2} batch_size=18$",
+    ),
+    "changes a parameter": (lambda: {"model": Before(decaying)}, "changes its parameters in its forward pass: leave"),
+    "changes a parameter, fast": (
+        lambda: {"model": Before(decaying), "settings": FAST},
+        "changes its parameters in its forward pass: leave",
     ),
     "unsaveable": (
         lambda: {"model": Stateful(GENERATOR)},
@@ -253,6 +290,11 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "two words": (lambda: {"metrics": {"mean error": absolute_errors}}, "metrics= must have names.*'mean error'"),
     "loss as a name": (lambda: {"metrics": {"loss": absolute_errors}}, "metrics= has the name 'loss', which is taken"),
     "accuracy": (lambda: {"metrics": {"accuracy": absolute_errors}}, "metrics= has the name 'accuracy'"),
+    "grad_norm": (lambda: {"metrics": {"grad_norm": absolute_errors}}, "the name 'grad_norm', which is taken"),
+    "samples_per_second": (
+        lambda: {"metrics": {"samples_per_second": absolute_errors}},
+        "the name 'samples_per_second', which is taken",
+    ),
     "root": (lambda: {"metrics": {"rmse": root}}, f"metrics= 'rmse' {SUM}"),
     "vector": (lambda: {"metrics": {"mae": lambda a, b: (a - b).abs()}}, "metrics= 'mae' must return the SUM"),
     "wide metric": (
@@ -260,22 +302,37 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "metrics= 'big' comes to about .* hold less than",
     ),
     # random numbers and buffers
-    "dropout": (lambda: {"model": Before(lambda _, x: F.dropout(x, 0.1))}, f"{DRAWS}"),
-    "torch.rand": (lambda: {"model": Before(lambda _, x: x + torch.rand(()))}, r"draws random.*\(torch's generator\)"),
-    "random": (lambda: {"model": Before(lambda _, x: x * random.random())}, r"draws random.*\(Python's random\)"),
-    "numpy.random": (
-        lambda: {"model": Before(lambda _, x: x * np.random.rand())},  # noqa: NPY002
-        r"draws random.*\(numpy\.random\)",
-    ),
     "own generator": (
         lambda: {"model": Before(lambda _, x: x * torch.rand((), generator=GENERATOR))},
-        "gives two results for the same samples",
+        f"{CANNOT} that gives two results for the same samples and random numbers: .*{OR_FAST}",
     ),
-    "random loss": (lambda: {"loss": noisy}, "loss= or metrics= that draws random numbers"),
-    "average": (lambda: {"model": Before(moving_average)}, r"forward pass changes a buffer \(buffer\).*fast"),
-    "spectral norm": (
-        lambda: {"model": normalized(nn.utils.parametrizations.spectral_norm)},
-        r"forward pass changes a buffer \(layers\.0\.parametrizations\.weight\.0\._u",
+    "sync batch norm": (
+        lambda: {"model": nn.Sequential(nn.SyncBatchNorm(FEATURES), Layers())},
+        rf'reduction="exact" cannot train 0 \(SyncBatchNorm\): it normalises over all .*: use BatchNorm.*{OR_FAST}',
+    ),
+    "batch norm without momentum": (
+        lambda: {"model": batch_norm(momentum=None), "settings": {"batch_size": 19}},
+        rf'reduction="exact" cannot train 0 \(BatchNorm1d\): it averages over all .*: give it a momentum.*{OR_FAST}',
+    ),
+    "change in evaluation": (
+        lambda: {"model": Before(changing(lambda buffer: buffer + 1, training=False))},
+        f"{CANNOT} with the buffer buffer: it changes in evaluation, .*: change it in training alone, {OR_FAST}",
+    ),
+    "changing bool": (
+        lambda: {"model": Before(changing(torch.logical_not), torch.bool)},
+        f"{CANNOT} with the buffer buffer: it is bool, and changes are added up: use numbers, {OR_FAST}",
+    ),
+    "changing complex": (
+        lambda: {"model": Before(changing(lambda buffer: buffer + 1j), torch.complex64)},
+        f"{CANNOT} with the buffer buffer: it is complex64, and changes are added up: use numbers, {OR_FAST}",
+    ),
+    "growing buffer": (
+        lambda: {"model": Before(changing(lambda buffer: buffer.repeat(2)))},
+        rf"{CANNOT} with the buffer buffer: it was shape \[3\], float32 and becomes shape \[6\], float32: .*{OR_FAST}",
+    ),
+    "buffer of another type": (
+        lambda: {"model": Before(changing(lambda buffer: buffer.double() + 1))},
+        rf"{CANNOT} with the buffer buffer: it was shape \[3\], float32 and becomes shape \[3\], float64: .*{OR_FAST}",
     ),
 }
 
@@ -310,6 +367,45 @@ def test_what_cannot_be_trained_is_refused_with_one_message(tmp_path: Path, size
     assert [outcome.value for outcome in outcomes] == [said] * size
     assert not any("\n" in text for text in said.values())
     assert list(tmp_path.iterdir()) == []
+
+
+TOO_SMALL: dict[str, dict[str, Any]] = {
+    "few samples in the last step": {"batch_size": 16, "micro_batches": 8},
+    "many micro-batches": {"batch_size": 0, "micro_batches": 18},
+    "small steps": {"batch_size": 4, "micro_batches": 2},
+    "fast": FAST | {"batch_size": TRAINED_ON // 2},
+}
+
+
+def take_advice(folder: Path) -> dict[str, dict[str, int]]:
+    """Train as the refusals of steps too small for batch norm advise, and with one less; returns the advice."""
+    advice = {}
+    for case, settings in TOO_SMALL.items():
+
+        def attempt(case: str = case, settings: dict[str, Any] = settings, **change: int) -> str:
+            config = quietly(run_dir=folder / f"{case} {change}", **settings | change)
+            try:
+                fit(config, model=batch_norm(), data=data())
+            except UserError as error:
+                return str(error)
+            return "trained"
+
+        advice[case] = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", attempt())}
+        for name, value in advice[case].items():
+            less = value - 1 if name == "batch_size" else value + 1
+            assert attempt(**{name: value}) == "trained"
+            assert "Expected more than 1 value per channel" in attempt(**{name: less})
+    return advice
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_smallest_change_that_batch_norm_needs_is_advised(tmp_path: Path, size: int) -> None:
+    assert run_ranks(take_advice, size, tmp_path, timeout=150)[0] == {
+        "few samples in the last step": {"batch_size": 18, "micro_batches": 1},
+        "many micro-batches": {"micro_batches": 17},
+        "small steps": {"batch_size": 5, "micro_batches": 1},
+        "fast": {"batch_size": 18},
+    }
 
 
 # ---- what is trained, and its figures
@@ -354,6 +450,17 @@ TRAINED: dict[str, Callable[[], dict[str, Any]]] = {
         "loss": lambda a, b: F.cross_entropy(a.flatten(0, 1), b.flatten(), reduction="sum"),
     },
     "partly frozen": lambda: {"model": partly_frozen()},
+    "dropout": lambda: {"model": Before(lambda _, x: F.dropout(x, 0.1))},
+    "torch.rand": lambda: {"model": Before(lambda _, x: x + torch.rand(()))},
+    "random": lambda: {"model": Before(lambda _, x: x * random.random())},
+    "numpy.random": lambda: {"model": Before(lambda _, x: x * np.random.rand())},  # noqa: NPY002
+    "random loss": lambda: {"loss": noisy},
+    "random metric": lambda: {"metrics": {"noise": noisy}},
+    "average": lambda: {"model": Before(moving_average)},
+    "changing whole numbers": lambda: {"model": Before(changing(lambda buffer: buffer + 1), torch.int32)},
+    "spectral norm": lambda: {"model": normalized(nn.utils.parametrizations.spectral_norm)},
+    "batch norm": lambda: {"model": batch_norm(), "settings": {"batch_size": 19}},
+    "batch norm of many samples": lambda: {"model": batch_norm(), "settings": {"micro_batches": 1}},
     "own metrics": lambda: {"metrics": OWN},
     "metrics of the package's own points": lambda: {"model": None, "data": None, "metrics": OWN},
     "prices, fast": lambda: {"data": data(targets=1e5 + INPUTS.sum(1) * 1e5), "loss": squares, "settings": FAST},
@@ -376,6 +483,16 @@ AS_BINARY = (
     "targets of int64",
     "targets of bool",
 )
+DRAWING = ("dropout", "torch.rand", "random", "numpy.random", "random loss")
+CHANGING = (
+    *DRAWING,
+    "random metric",
+    "average",
+    "changing whole numbers",
+    "spectral norm",
+    "batch norm",
+    "batch norm of many samples",
+)
 WITH_ACCURACY = {
     "binary",
     *AS_BINARY,
@@ -385,6 +502,7 @@ WITH_ACCURACY = {
     "classes of uint16",
     "state of any kind",
     "partly frozen",
+    *CHANGING,
     "own metrics",
     "metrics of the package's own points",
     "bfloat16, fast",
@@ -434,6 +552,7 @@ def test_figures_mean_something_and_are_the_same_on_any_number_of_ranks(tmp_path
     assert [alike[name] for name in AS_BINARY] == [alike["binary"]] * len(AS_BINARY)
     assert alike["classes of uint16"] == alike["classes"]
     assert alike["one hot of int64"] == alike["one hot"]
+    assert all(alike[name] != alike["binary"] for name in DRAWING)
     for name in ("own metrics", "metrics of the package's own points"):
         for part in ("train", "test"):
             assert alike[name][f"{part}/hits"] == alike[name][f"{part}/accuracy"]
@@ -563,9 +682,12 @@ def test_metrics_survive_a_fault_in_mid_epoch(tmp_path: Path) -> None:
 # ---- the check leaves no trace
 
 
-def test_the_check_changes_neither_random_numbers_nor_buffers() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("in_evaluation", [False, True])
+def test_the_trial_changes_neither_random_numbers_nor_buffers(exact: bool, in_evaluation: bool) -> None:
     def draw(module: Before, inputs: Tensor) -> Tensor:
-        module.buffer.add_(1)
+        if module.training or in_evaluation:
+            module.buffer.add_(1)
         moving_average(module, inputs)
         return inputs * torch.rand(()) * random.random() * np.random.rand()  # noqa: NPY002
 
@@ -575,10 +697,16 @@ def test_the_check_changes_neither_random_numbers_nor_buffers() -> None:
     expected = torch.rand(()), random.random(), np.random.rand()  # noqa: NPY002
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(5)
-    buffer = model.buffer
-    _, accuracy, tried = check_training(model, data(), None, {}, exact=False, micro_batches=3, batch_size=16, ranks=3)
-    assert accuracy
-    assert list(tried) == ["loss= of data.train", "loss= of data.test"]
+    buffer, device = model.buffer, torch.device("cpu")
+    trial = Trial(model, None, {}, exact=exact, micro_batches=3, batch_size=16, ranks=3, device=device)
+    if exact and in_evaluation:
+        with pytest.raises(UserError, match="buffer: it changes in evaluation"):
+            trial.run(data())
+    else:
+        verdict = trial.run(data())
+        assert verdict == Verdict(verdict.parts, has_accuracy=True, draws=True, buffers=("buffer",))
+        assert list(trial.sums) == ["loss= of data.train", "loss= of data.test"]
+        assert trial.conversions == []
     assert (torch.rand(()), random.random(), np.random.rand()) == expected  # noqa: NPY002
     assert model.buffer is buffer
     assert buffer.equal(torch.zeros(FEATURES))
