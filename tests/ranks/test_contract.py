@@ -382,7 +382,7 @@ def take_advice(folder: Path) -> dict[str, dict[str, int]]:
     advice = {}
     for case, settings in TOO_SMALL.items():
 
-        def attempt(case: str = case, settings: dict[str, Any] = settings, **change: int) -> str:
+        def attempt(change: dict[str, int], case: str = case, settings: dict[str, Any] = settings) -> str:
             config = quietly(run_dir=folder / f"{case} {change}", **settings | change)
             try:
                 fit(config, model=batch_norm(), data=data())
@@ -390,11 +390,11 @@ def take_advice(folder: Path) -> dict[str, dict[str, int]]:
                 return str(error)
             return "trained"
 
-        advice[case] = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", attempt())}
+        advice[case] = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", attempt({}))}
         for name, value in advice[case].items():
             less = value - 1 if name == "batch_size" else value + 1
-            assert attempt(**{name: value}) == "trained"
-            assert "Expected more than 1 value per channel" in attempt(**{name: less})
+            assert attempt({name: value}) == "trained"
+            assert "Expected more than 1 value per channel" in attempt({name: less})
     return advice
 
 

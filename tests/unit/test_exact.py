@@ -224,7 +224,7 @@ def test_rounding_over_a_training_stays_below_that_of_float32() -> None:
         (nn.SyncBatchNorm(4), "normalises over all ranks' samples"),
         (nn.BatchNorm1d(4, momentum=None), "averages over all batches so far"),
         (nn.LazyBatchNorm1d(momentum=None), "averages over all batches so far"),
-        (nn.InstanceNorm1d(4, momentum=None, track_running_stats=True), "averages over all batches so far"),
+        (nn.BatchNorm2d(4, momentum=None), "averages over all batches so far"),
     ],
 )
 def test_models_that_average_over_other_samples_are_refused(module: nn.Module, why: str) -> None:
