@@ -196,11 +196,11 @@ class Flat(nn.Module):
         return logits.squeeze(1)
 
 
-def test_batch_norm_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with Job(train_model, 2, tmp_path, Flat(nn.BatchNorm1d(4)), 8) as job:
+def test_batch_norm_over_all_ranks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with Job(train_model, 2, tmp_path, Flat(nn.SyncBatchNorm(4)), 8) as job:
         outcomes = job.wait(60)
     for outcome in outcomes:
-        assert 'UserError: reduction="exact" cannot train layers.1 (BatchNorm1d)' in outcome.output
+        assert 'UserError: reduction="exact" cannot train layers.1 (SyncBatchNorm)' in outcome.output
     assert not (tmp_path / "status").exists()
 
 

@@ -146,4 +146,4 @@ def train_with_a_metric(run_dir: Path) -> None:
 
 def test_a_metric_of_ones_own_is_taken_of_each_micro_batch(tmp_path: Path) -> None:
     run_ranks(train_with_a_metric, 2, tmp_path)
-    assert way(tmp_path) == "one by one: model=, loss= or metrics= was given"
+    assert way(tmp_path) == "one by one: model=, loss=, metrics= or a data set that is not in tensors was given"
