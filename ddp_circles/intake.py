@@ -138,7 +138,7 @@ def _try(
             world.together(part.check_handing_over)
     if trial.conversion:
         world.say(trial.conversion)
-    _compare_tries(world, trial.sums)
+    _compare_tries(world, trial.sums, verdict)
     return verdict
 
 
@@ -150,9 +150,15 @@ def _without_data(check: Callable[[], T]) -> T:
         raise UserError(f"{error} (data= was not given: the points of dataset= were taken)") from None
 
 
-def _compare_tries(world: World, tried: dict[str, float]) -> None:
+def _compare_tries(world: World, tried: dict[str, float], verdict: Verdict) -> None:
     """Raise the same `UserError` on all ranks if one computes something else from the same samples."""
-    everyone = world.gather(tried)
+    shown = f"buffers that change: {', '.join(verdict.buffers) or 'none'}; random numbers: {verdict.draws}"
+    everyone, verdicts = zip(*world.gather((tried, f"{shown}; accuracy: {verdict.has_accuracy}")), strict=True)
+    if odd := [rank for rank, other in enumerate(verdicts) if other != verdicts[0]]:
+        raise UserError(
+            f"rank 0 and {spell_ranks(odd)} do not do the same with the same samples ({verdicts[0]}, and "
+            f"{verdicts[odd[0]]}): give every rank the same model=, loss= and metrics="
+        )
     for what in tried:
         values = [other[what] for other in everyone]
         odd = [rank for rank, value in enumerate(values) if abs(value - values[0]) > TOLERANCE * abs(values[0])]

@@ -52,8 +52,7 @@ class Request(NamedTuple):
 class Reader(data.Dataset[Any]):
     """Reads samples from `dataset`, in this process or in a worker: each with random numbers of its own.
 
-    `name`: how messages call it, `data.train` or `data.test`. Once set, float64 inputs are converted to `inputs_type`,
-    and targets to `targets_type`.
+    `name`: how messages call it, `data.train` or `data.test`.
     """
 
     def __init__(self, dataset: MapStyle, name: str, seed: int) -> None:
@@ -63,9 +62,13 @@ class Reader(data.Dataset[Any]):
         self._form: Any = None
         """The form of all items, from the first read."""
         self.inputs_type: torch.dtype | None = None
+        """Type that float64 inputs are converted to."""
         self.targets_type: torch.dtype | None = None
+        """Type that targets are converted to."""
         self.largest_target: int | None = None
-        """Once set, targets below 0 or above it are refused."""
+        """Targets below 0 or above it are refused."""
+        self.empty: tuple[Any, Any] = (None, None)
+        """Inputs and targets of no sample, on the device."""
         self.reading: Tensor | None = None
         """Process and sample of each worker, in memory that they share."""
 
@@ -76,7 +79,7 @@ class Reader(data.Dataset[Any]):
     def check_handing_over(self) -> None:
         """Raise `UserError` if a worker could not hand over what it has read: the rank would wait for it for ever."""
         try:
-            pickle.dumps(self.read(0, [0]))
+            pickle.dumps(mapped(Tensor.cpu, self.empty))
         except Exception as error:
             raise UserError(
                 f"{self.name} has samples that a worker cannot hand over: {explain(error)}. Define their types at "
@@ -166,7 +169,7 @@ class Loaded:
 
     def __init__(self, reader: Reader, *, workers: int, device: torch.device) -> None:
         self._reader, self._device = reader, device
-        self.nothing = MicroBatch(0, *mapped(lambda tensor: tensor[:0].to(device), reader.read(0, [0])))
+        self.nothing = MicroBatch(0, *reader.empty)
         self._plan = _Plan()
         if workers:
             reader.reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()

@@ -108,14 +108,20 @@ class Trial:
                     _check_gradients(self._model, total, len(logits), terms)
             self._draws = self._draws or bool(before.moved())
             self._try_fewer(name, inputs, targets, count, terms.batch)
-        if self._is_default and not isinstance(samples, Dataset):
+        if isinstance(samples, Dataset):
+            taken = Dataset(self._converted(samples.inputs), samples.targets.to(targets_type or samples.targets.dtype))
+            return taken, _has_accuracy(logits, taken.targets)
+        samples.inputs_type = torch.float32 if _dtype_of(self._model) == torch.float32 else None
+        samples.targets_type = targets_type
+        if self._is_default:
             samples.largest_target = logits.shape[1] - 1 if targets_type == torch.int64 else 1
-        taken = self._taken(samples, targets_type)
-        return taken, _has_accuracy(logits, taken.targets if isinstance(taken, Dataset) else targets)
+        samples.empty = mapped(lambda tensor: tensor[:0].clone(), (inputs, targets))
+        return samples, _has_accuracy(logits, targets)
 
     def _run(self, name: str, inputs: Any) -> Tensor:
         """The logits of `inputs`; notes the buffers that are changed in training."""
         logits = _logits_of(self._model, inputs, f"{name}.inputs")
+        self._state.check_names()
         if self._model.training:
             self._buffers = self._state.written()
         return logits
@@ -168,15 +174,6 @@ class Trial:
         """Inputs in the type of the model."""
         return values.float() if values.dtype == torch.float64 and _dtype_of(self._model) == torch.float32 else values
 
-    def _taken(self, samples: Part, targets_type: torch.dtype | None) -> Part:
-        """All samples, in the types that are needed."""
-        if isinstance(samples, Dataset):
-            targets = samples.targets if targets_type is None else samples.targets.to(targets_type)
-            return Dataset(self._converted(samples.inputs), targets)
-        samples.inputs_type = torch.float32 if _dtype_of(self._model) == torch.float32 else None
-        samples.targets_type = targets_type
-        return samples
-
     @staticmethod
     def _seed() -> RandomStates:
         """Seed all generators, alike for each pass; returns their states."""
@@ -221,7 +218,7 @@ class Trial:
         advice = [text for text in (next(sizes, None), self._fewer_pieces(count % batch or batch, enough)) if text]
         kind = "micro-batches" if self._exact else "ranks"
         return (
-            f"A step of {count % batch or batch} samples leaves {size} to one of {pieces} {kind}, and the model needs "
+            f"A step of {_spell(count % batch or batch)} leaves {size} to one of {pieces} {kind}, and the model needs "
             f"{enough}"
             + (f": the smallest change that will do is {' or '.join(advice)}" if advice else ": give more samples")
         )
@@ -229,6 +226,10 @@ class Trial:
     def _fewer_pieces(self, samples: int, enough: int) -> str | None:
         """The most micro-batches that leave each enough of a step's samples; of ranks, no flag tells the number."""
         return f"--micro-batches {samples // enough}" if self._exact and samples >= enough else None
+
+
+def _spell(samples: int) -> str:
+    return f"{samples} sample{'s' * (samples != 1)}"
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:
@@ -410,6 +411,13 @@ class _State:
 
     def _count_writes(self) -> dict[str, int]:
         return {name: buffer._version for name, (buffer, _) in self._buffers.items()}  # noqa: SLF001
+
+    def check_names(self) -> None:
+        """Refuse a model that has got other buffers in its forward pass."""
+        if other := {name for name, _ in self._model.named_buffers()} ^ self._buffers.keys():
+            raise UserError(
+                f"model= registers or removes buffers in its forward pass ({', '.join(sorted(other))}): do so before"
+            )
 
     def written(self) -> tuple[str, ...]:
         """The buffers that something was written to since they were put back, be it what they held, by name."""

@@ -223,7 +223,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "batch norm of one sample, fast": (
         lambda: {"model": batch_norm(), "settings": FAST | {"batch_size": TRAINED_ON // 2}},
-        rf"{TOO_FEW}1 samples leaves 1 to one of [123] ranks{NEEDS_2} batch_size=18$",
+        rf"{TOO_FEW}1 sample leaves 1 to one of [123] ranks{NEEDS_2} batch_size=18$",
     ),
     "changes a parameter": (lambda: {"model": Before(decaying)}, "changes its parameters in its forward pass: leave"),
     "changes a parameter, fast": (
@@ -706,7 +706,7 @@ def test_the_trial_changes_neither_random_numbers_nor_buffers(exact: bool, in_ev
         verdict = trial.run(data())
         assert verdict == Verdict(verdict.parts, has_accuracy=True, draws=True, buffers=("buffer",))
         assert list(trial.sums) == ["loss= of data.train", "loss= of data.test"]
-        assert trial.conversions == []
+        assert trial.conversion == ""
     assert (torch.rand(()), random.random(), np.random.rand()) == expected  # noqa: NPY002
     assert model.buffer is buffer
     assert buffer.equal(torch.zeros(FEATURES))
