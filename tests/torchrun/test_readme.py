@@ -25,11 +25,10 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the project's launch scripts, its environment, and the README's program."""
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    """A folder with the project's launch scripts, its environment and its examples."""
+    for part in ("launch", "examples"):
+        (tmp_path / part).symlink_to(ROOT / part)
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    programs = [block for block in blocks("python") if "fit(" in block]  # the second goes on from the first
-    (tmp_path / "own_model.py").write_text("\n".join(programs))
     return tmp_path
 
 

@@ -59,5 +59,12 @@ def test_the_loop_shown_is_the_real_one() -> None:
     assert section in (ROOT / "ddp_circles/loop.py").read_text()
 
 
+def test_the_example_shown_is_the_real_one() -> None:
+    section = README.split("\n## Your own model and data\n", 1)[1].split("\n## ", 1)[0]
+    shown = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(shown) == 2
+    assert all(block in (ROOT / "examples/digits.py").read_text() for block in shown)
+
+
 def test_no_placeholder_is_left() -> None:
     assert not [document for document in DOCUMENTS if re.search("@@[A-Z]+@@", document.read_text())]
