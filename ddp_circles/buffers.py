@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ddp_circles.data import same
 from ddp_circles.fixed_point import BUFFER_BITS
 
 
@@ -18,10 +19,10 @@ class Buffers:
     """The buffers of `model` that its forward pass changes, by their `names`."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        paths = [name.rpartition(".") for name in names]
-        places = [(model.get_submodule(module), name) for module, _, name in paths]
-        # Floating-point numbers first, as in the sums.
-        self._places = sorted(places, key=lambda place: not place[0].get_buffer(place[1]).is_floating_point())
+        self.names = sorted(names, key=lambda name: not model.get_buffer(name).is_floating_point())
+        """Floating-point numbers first, as in the sums."""
+        paths = [name.rpartition(".") for name in self.names]
+        self._places = [(model.get_submodule(module), name) for module, _, name in paths]
         self._tensors = self._now()
         """The tensors that are the model's before each micro-batch."""
         self._before = [tensor.clone() for tensor in self._tensors]
@@ -56,6 +57,11 @@ class Buffers:
             if new is not tensor:  # the forward pass has put another in its place
                 setattr(module, name, tensor)
             tensor.copy_(old)
+
+    def disturbed(self) -> list[str]:
+        """The buffers that are not as the last step has left them, by name."""
+        states = zip(self.names, self._now(), self._tensors, self._before, strict=True)
+        return [name for name, now, tensor, old in states if now is not tensor or not same(tensor, old)]
 
     def changes(self) -> list[Tensor]:
         """The floating-point changes since the last call, to be rounded: float32, `values` for each micro-batch."""

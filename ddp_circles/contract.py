@@ -189,7 +189,8 @@ def _check_for_exact_sums(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise UserError(
-                f"--reduction exact trains float32 parameters; {name} is {parameter.dtype}: use --reduction fast"
+                f"--reduction exact trains float32 parameters; {name} is {parameter.dtype}: convert the model with "
+                ".float(), or use --reduction fast"
             )
         if not is_lazy(parameter) and not parameter.is_contiguous():
             raise UserError(

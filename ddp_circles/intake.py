@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +100,7 @@ def take_in(config: Config, world: World, brought: Brought) -> Intake:
 
 def _check_data(config: Config, brought: Brought) -> Split[Part] | None:
     parts = check_data(brought.data, config.seed) if brought.data is not None else None
-    if isinstance(brought.workers, bool) or not isinstance(brought.workers, int) or brought.workers < 0:
+    if isinstance(brought.workers, bool) or not isinstance(brought.workers, Integral) or brought.workers < 0:
         raise UserError(f"workers= must be a whole number, 0 or more, got {brought.workers!r}")
     if brought.workers and (parts is None or all(isinstance(part, Dataset) for part in parts)):
         raise UserError("workers= read map-style data sets, and here all samples are in tensors: leave it out")
@@ -138,6 +139,7 @@ def _try(
             world.together(part.check_handing_over)
     if trial.conversion:
         world.say(trial.conversion)
+    world.check_alike(trial.digests)
     _compare_tries(world, trial.sums, verdict)
     return verdict
 

@@ -6,15 +6,16 @@ passed over. Before each sample is read, all generators are seeded from the seed
 
 import ctypes
 import gc
-import multiprocessing
-import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol, cast
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from ddp_circles.micro_batches import MicroBatch
 from ddp_circles.random_numbers import seed_generators
 from ddp_circles.sharding import Sharding
 
+IDLE = -1
+LOST_SECONDS = 3.0
+"""Time in which a worker that is about to end does."""
 DIE_WITH_PARENT = 1
 """Linux's PR_SET_PDEATHSIG."""
 
@@ -67,10 +71,12 @@ class Reader(data.Dataset[Any]):
         """Type that targets are converted to."""
         self.largest_target: int | None = None
         """Targets below 0 or above it are refused."""
+        self.has_labels = False
+        """True if targets are labels, and not between two of them."""
         self.empty: tuple[Any, Any] = (None, None)
         """Inputs and targets of no sample, on the device."""
         self.reading: Tensor | None = None
-        """Process and sample of each worker, in memory that they share."""
+        """The sample that each worker reads, or `IDLE`; in memory that they share."""
 
     def describe(self) -> str:
         """Length and, if the data set has one, its `fingerprint`: what tells it from others."""
@@ -91,13 +97,16 @@ class Reader(data.Dataset[Any]):
         threads = torch.get_num_threads()
         if threads > 1:  # a worker has one, on which the bits of a sum may depend
             torch.set_num_threads(1)
+        content: tuple[Any, Any] | str
         try:
-            return self.read(*request)
+            content = self.read(*request)
         except SampleError as error:
-            return str(error)
+            content = str(error)
         finally:
             if threads > 1:
                 torch.set_num_threads(threads)
+        self._note(IDLE)
+        return content
 
     @torch.no_grad()
     def read(self, epoch: int, samples: Iterable[int]) -> tuple[Any, Any]:
@@ -108,12 +117,20 @@ class Reader(data.Dataset[Any]):
             inputs, targets = default_collate(items)
         except Exception as error:
             raise SampleError(f"{self.name}[{numbers[0]}] cannot be put into a batch: {explain(error)}") from None
+        if (stray := _stray((inputs, targets))) is not None:
+            raise SampleError(
+                f"{self.name}[{numbers[0]}] holds {stray!r}, which is no tensor, array or number: number classes from "
+                "0, and leave texts out"
+            )
         for values in leaves((inputs, targets)):
             if values.is_floating_point():
                 self._check(values.isfinite(), values, numbers, "a finite number: leave it out")
         if self.largest_target is not None:
             within = (targets >= 0) & (targets <= self.largest_target)
-            self._check(within, targets, numbers, f"a target between 0 and {self.largest_target}")
+            if self.has_labels:
+                within &= targets == targets.long()
+            kind = "a label from" if self.has_labels else "a target between"
+            self._check(within, targets, numbers, f"{kind} 0 to {self.largest_target}")
         if (to := self.inputs_type) is not None:
             inputs = mapped(lambda tensor: tensor.to(to) if tensor.dtype == torch.float64 else tensor, inputs)
         if self.targets_type is not None:
@@ -121,17 +138,17 @@ class Reader(data.Dataset[Any]):
         return inputs, targets
 
     def _item(self, epoch: int, sample: int) -> Any:
-        if self.reading is not None and (worker := get_worker_info()) is not None:
-            self.reading[worker.id, 1] = sample
+        self._note(sample)
         seed_generators(self._seed, self.name, epoch, sample)
         try:
             item = self._dataset[sample]
         except Exception as error:
             raise SampleError(f"{self.name}[{sample}] failed: {explain(error)}") from None
         if not isinstance(item, (tuple, list)) or len(item) != 2:
+            count = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
             raise SampleError(
                 f"{self.name}[{sample}] must be (inputs, target), with several inputs ((one, other), target), "
-                f"got {kind_of(item)}"
+                f"got {kind_of(item)}{count}"
             )
         # Compared with one item of all, and not within a batch: the samples of a batch depend on the number of ranks.
         form = _form_of(item)
@@ -142,6 +159,11 @@ class Reader(data.Dataset[Any]):
                 "shapes and types"
             )
         return item
+
+    def _note(self, sample: int) -> None:
+        """Note what this worker reads, for the case that it does not survive it."""
+        if self.reading is not None and (worker := get_worker_info()) is not None:
+            self.reading[worker.id] = sample
 
     def _check(self, good: Tensor, values: Tensor, samples: list[int], expected: str) -> None:
         """Raise `SampleError` if an element is not `good`, naming its sample."""
@@ -172,8 +194,8 @@ class Loaded:
         self.nothing = MicroBatch(0, *reader.empty)
         self._plan = _Plan()
         if workers:
-            reader.reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()
-        self._loader: DataLoader[Any] | None = DataLoader(
+            reader.reading = torch.full((workers,), IDLE).share_memory_()
+        self._loader: DataLoader[Any] = DataLoader(
             reader,
             batch_size=None,  # the reader puts the samples together
             sampler=self._plan,
@@ -183,7 +205,7 @@ class Loaded:
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=_be_worker,
             generator=torch.Generator(),  # else it draws from the global one
         )
         self._contents: Iterator[Any] = iter(())
@@ -197,13 +219,13 @@ class Loaded:
 
         Raises `SampleError` for samples that cannot be read.
         """
-        assert self._loader is not None
         self._plan.requests = (
             Request(epoch, torch.cat(list(samples.values())).tolist())
             for step in range(first, sharding.steps)
             if (samples := _samples(order, sharding, step))
         )
-        self._contents = self._begin(self._loader)
+        with self._naming_lost_workers():
+            self._contents = self._begin()
         for step in range(first, sharding.steps):
             yield self._take({number: len(samples) for number, samples in _samples(order, sharding, step).items()})
 
@@ -211,11 +233,8 @@ class Loaded:
         """The micro-batches of one step, with their sizes by number."""
         if not sizes:
             return []
-        try:
+        with self._naming_lost_workers():
             content = next(self._contents)
-        except Exception:
-            self._name_lost_workers()  # torch's message does not, and may be about what it meets in their remains
-            raise
         if isinstance(content, str):
             raise SampleError(content)
         content = mapped(lambda tensor: tensor.to(self._device, non_blocking=True), content)
@@ -223,48 +242,60 @@ class Loaded:
         parts = zip(accumulate(sizes.values(), initial=0), sizes.items(), strict=False)
         return [MicroBatch(number, *mapped(partial(_copy, start, size), content)) for start, (number, size) in parts]
 
-    def _begin(self, loader: DataLoader[Any]) -> Iterator[Any]:
+    def _begin(self) -> Iterator[Any]:
         """Begin an epoch; the first one starts the worker processes."""
-        if not loader.num_workers or self._readings():
-            return iter(loader)
+        if not self._loader.num_workers or self._workers():
+            return iter(self._loader)
         # A worker must not collect the rank's garbage: process groups in it wait for threads that the worker lacks.
         gc.collect()
+        frozen = gc.get_freeze_count()
         gc.freeze()
         # Torch would raise the end of a worker wherever the rank is at that moment; it also looks in `next`.
         in_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD)
         try:
-            return iter(loader)
+            return iter(self._loader)
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-            gc.unfreeze()
+            if not frozen:
+                gc.unfreeze()
 
-    def _name_lost_workers(self) -> None:
-        """Raise `SampleError` if a worker process is gone."""
-        alive = {process.pid for process in multiprocessing.active_children()}
-        for process, sample in self._readings().items():
-            if process not in alive:
-                raise SampleError(
-                    f"worker process {process}, which read {self._reader.name}[{sample}], has ended: was it killed, "
-                    "perhaps for lack of memory?"
-                ) from None
+    def _workers(self) -> list[BaseProcess]:
+        """The worker processes, which torch gives no public name."""
+        workers: list[BaseProcess] = getattr(self._contents, "_workers", [])
+        return workers
+
+    @contextmanager
+    def _naming_lost_workers(self) -> Iterator[None]:
+        """Raise `SampleError` in place of what torch raises over a worker that is gone, or over its remains."""
+        try:
+            yield
+        except Exception:
+            deadline = time.monotonic() + LOST_SECONDS * bool(self._workers())
+            while time.monotonic() < deadline:
+                for number, worker in enumerate(self._workers()):
+                    if worker.exitcode is not None:
+                        raise SampleError(self._describe(number, worker.pid, worker.exitcode)) from None
+                time.sleep(0.02)
+            raise
+
+    def _describe(self, number: int, pid: int | None, code: int) -> str:
+        assert self._reader.reading is not None
+        sample = int(self._reader.reading[number])
+        work = f"read {self._reader.name}[{sample}]" if sample != IDLE else f"was idle, a reader of {self._reader.name}"
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"worker process {pid}, which {work}, {end}{', perhaps for lack of memory' * (code == -signal.SIGKILL)}"
 
     def close(self) -> None:
         """End the worker processes, in bounded time."""
-        if (shut_down := getattr(self._contents, "_shutdown_workers", None)) is not None:
-            shut_down()  # the iterator may live on in a traceback, and torch has no public way
-        readings = self._readings()
-        for process in multiprocessing.active_children():
-            if process.pid in readings:  # one that hangs in the data set
-                process.kill()
-                process.join()
-        self._contents, self._loader = iter(()), None
-
-    def _readings(self) -> dict[int, int]:
-        """The sample that each worker reads, by its process."""
-        readings = [] if self._reader.reading is None else self._reader.reading.tolist()
-        return {process: sample for process, sample in readings if process}
+        workers = self._workers()
+        if workers:
+            self._contents._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001 - may live on in a traceback
+        for worker in workers:
+            if worker.is_alive():  # one that hangs in the data set
+                worker.kill()
+            worker.join()
 
 
 class _Plan(data.Sampler[Request]):
@@ -295,13 +326,18 @@ def _as_it_is(content: Any) -> Any:
     return content
 
 
-def _begin_worker(number: int) -> None:
-    """Note this worker's process, and let it end with the rank that it reads for, and with nothing else."""
+def _be_worker(_number: int) -> None:
+    """Let this worker end with the rank that it reads for, and with nothing else."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # else it would hold the rank's locks and sockets on
     for stop in STOP_SIGNALS:  # some launchers send them to all processes, and the rank has to finish its step
         signal.signal(stop, signal.SIG_IGN)
-    worker = get_worker_info()
-    assert worker is not None
-    reading = cast(Reader, worker.dataset).reading
-    assert reading is not None
-    reading[number, 0] = os.getpid()
+
+
+def _stray(values: Any) -> Any:
+    """The first of the collated `values` that is no tensor, if any."""
+    if isinstance(values, Tensor):
+        return None
+    if isinstance(values, (Mapping, tuple, list)):
+        parts = values.values() if isinstance(values, Mapping) else values
+        return next((stray for part in parts if (stray := _stray(part)) is not None), None)
+    return values

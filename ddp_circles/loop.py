@@ -29,7 +29,6 @@ from ddp_circles.job.world import World
 from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
 from ddp_circles.micro_batches import MicroBatch, Source
 from ddp_circles.optimization import Optimization
-from ddp_circles.random_numbers import seed_generators
 from ddp_circles.sharding import Sharding, TensorSampler
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -95,8 +94,8 @@ class Training:
     events: Events
     evaluation_batch: int = EVALUATION_BATCH
     """Most test samples that go through `model` together, over all ranks."""
-    draws: bool = False
-    """True if random numbers may be drawn: the generators are seeded for each micro-batch."""
+    seed_generators: Callable[..., object] | None = None
+    """Seeds the generators that may be drawn from, from the place of a pass; None if there is none."""
     gradient_norm: Callable[[], Tensor] | None = None
     """The mean norm of the gradient over the steps since the last call, in units of 2^-24; int64 of shape [1]."""
 
@@ -106,13 +105,13 @@ class Training:
         return Sharding(samples, size, self.reducer.micro_batches, ranks.rank, ranks.world_size)
 
     def seeded(self, part: str, step: int, micro_batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """Seed all generators before each of the `micro_batches` of a step, and at its end, for the optimizer."""
+        """Seed the generators before each of the `micro_batches` of a step, and at its end, for the optimizer."""
         for micro_batch in micro_batches:
-            if self.draws:
-                seed_generators(self.seed, part, step, micro_batch.number)
+            if self.seed_generators is not None:
+                self.seed_generators(self.seed, part, step, micro_batch.number)
             yield micro_batch
-        if self.draws:
-            seed_generators(self.seed, part, step, "end")
+        if self.seed_generators is not None:
+            self.seed_generators(self.seed, part, step, "end")
 
 
 def train(training: Training, *, epochs: int, progress: Progress) -> None:
@@ -231,8 +230,8 @@ def _add(local: LocalTally, names: list[str], total: Tally, sums: Sums, where: s
     if sums.out_of_range:
         beyond = ", or beyond the range of the exact sums" if local.exact else ""
         raise OutOfRangeError(
-            f"{where}, gradients, losses or metrics were not finite{beyond}: the training diverged (try a smaller "
-            "learning rate), or inputs or targets are too large (scale them)"
+            f"{where}, gradients, losses, metrics or changes of buffers were not finite{beyond}: the training diverged "
+            "(try a smaller learning rate), or inputs or targets are too large (scale them)"
         )
     for name, units in zip(names, sums.units, strict=True):
         weight = sums.seen - total.count if name == GRAD_NORM else 1

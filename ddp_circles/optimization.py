@@ -6,14 +6,15 @@ All of it follows from the summed gradient, which has the same bits on every ran
 import hashlib
 import inspect
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 from torch.nn.utils import clip_grads_with_norm_
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim import Optimizer, SparseAdam
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiplicativeLR, ReduceLROnPlateau
 
 from ddp_circles.data import mapped
 from ddp_circles.errors import UserError
@@ -49,14 +50,15 @@ class Optimization:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._scheduler = _make_scheduler(self.optimizer, make_scheduler) if make_scheduler is not None else None
         self._max_grad_norm = max_grad_norm
-        self.clips = max_grad_norm is not None
-        """True if the gradient's norm is known."""
+        self.measures_norm = max_grad_norm is not None
+        """True if there is a `mean_norm`."""
         self._norms: list[Tensor] = []
         if max_grad_norm is not None:
             _check_max_grad_norm(max_grad_norm)
         self._rates = self._rates_now()
-        self.may_draw = not type(self.optimizer).__module__.startswith("torch.optim.")
-        """True for an optimizer of the caller's own, which may draw random numbers in its steps."""
+        self._is_own = not type(self.optimizer).__module__.startswith("torch.optim.")
+        self.may_draw = self._is_own or isinstance(self._scheduler, (LambdaLR, MultiplicativeLR))
+        """True if code of the caller's own runs in a step, which may draw random numbers."""
 
     def zero_grad(self) -> None:
         """Zero the gradients."""
@@ -66,12 +68,17 @@ class Optimization:
         """Scale the summed gradient down, step the optimizer, and go on to the schedule's next learning rate."""
         if self._max_grad_norm is not None:
             self._clip(self._max_grad_norm)
+        if self._is_own:
+            # Torch's optimizers go element by element. In one's own, the last bits of a product may depend on where a
+            # gradient lies, and in DDP's buckets that is another place at another number of ranks.
+            for parameter in self._parameters:
+                parameter.grad = parameter.grad.clone() if parameter.grad is not None else None
         self.optimizer.step()
         if self._scheduler is not None:
             self._rates = self._rates_now()
             try:
                 self._scheduler.step()
-            except ValueError as error:
+            except Exception as error:
                 raise UserError(f"scheduler= cannot go on: {explain(error)}") from None
 
     def identity(self) -> str:
@@ -83,22 +90,42 @@ class Optimization:
     def state(self) -> dict[str, Any]:
         """The state to be saved, of `optimizer` and `scheduler`."""
         scheduler = self._scheduler.state_dict() if self._scheduler is not None else {}
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": {"state": scheduler, "rates": self._rates}}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"state": scheduler, "rates": list(map(float, self._rates))},
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved `state`; raises what torch raises if it does not fit."""
         self.optimizer.load_state_dict(state["optimizer"])
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, saved in state["optimizer"]["state"].items():
+            own = self.optimizer.state[parameters[number]]
+            for name, value in saved.items() if isinstance(own, dict) else ():
+                if isinstance(value, Tensor) and own[name].dtype != value.dtype:  # torch gives it the parameter's
+                    own[name] = value.to(own[name].device)
         self._rates = state["scheduler"]["rates"]
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"]["state"])
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of the last step; one for each group of parameters if there are several."""
-        rates = self._rates
+        rates = [float(rate) for rate in self._rates]
         return {"lr": rates[0]} if len(rates) == 1 else {f"lr/{number}": rate for number, rate in enumerate(rates)}
 
-    def _rates_now(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+    def check_length(self, steps: int) -> None:
+        """Refuse a schedule that ends before the run, of so many `steps`."""
+        planned = getattr(self._scheduler, "total_steps", None)
+        if isinstance(planned, int) and planned < steps:
+            raise UserError(
+                f"scheduler= {type(self._scheduler).__name__} has total_steps={planned}, and this run takes {steps}: "
+                "epochs times the steps of each, ceil(samples / batch size)"
+            )
+
+    def _rates_now(self) -> list[float | Tensor]:
+        """Learning rates; those in tensors are copied, and read when they are needed: that may wait for the device."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
     def mean_norm(self) -> Tensor:
         """The mean norm of the gradient over the steps since the last call, in units of 2^-24; int64 of shape [1]."""
@@ -133,6 +160,8 @@ def _make_optimizer(model: nn.Module, make: MakeOptimizer) -> Optimizer:
             f"optimizer= {type(optimizer).__name__} computes the loss several times in a step, which fit() does not "
             "do: use one that steps by the gradient alone, such as AdamW"
         )
+    if isinstance(optimizer, SparseAdam):
+        raise UserError("optimizer= SparseAdam needs sparse gradients, which fit() does not sum: use Adam")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     named = {name: id(parameter) for name, parameter in model.named_parameters()}
     if held - set(named.values()):
@@ -182,5 +211,5 @@ def _check_plain(name: str, part: Optimizer | LRScheduler) -> None:
 
 
 def _check_max_grad_norm(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
         raise UserError(f"max_grad_norm= must be a number above 0, or inf to report the norm alone, got {value!r}")

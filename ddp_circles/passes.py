@@ -47,8 +47,8 @@ class Passes:
     """Most test samples that go through the network together, over all ranks."""
     way: str
     """`side by side`; or `one by one`, and why."""
-    draws: bool = False
-    """True if random numbers may be drawn in the passes."""
+    read_in_rank: bool = False
+    """True if the rank reads samples by itself, which seeds its generators."""
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -109,8 +109,5 @@ def _one_by_one(config: Config, world: World, given: Intake, split: Split[Part],
     )
     # Samples that are read come in batches as large as those of training, which surely fit into memory.
     batch = EVALUATION_BATCH if test_set.in_memory else config.batch_size or EVALUATION_BATCH
-    # A rank that reads samples by itself leaves the generators as the last sample did.
-    draws = (given.verdict is not None and given.verdict.draws) or not (
-        given.workers or (test_set.in_memory and train_set.in_memory)
-    )
-    return Passes(given.model, weights, given.loss, train_set, test_set, batch, f"one by one: {why}", draws)
+    read_in_rank = not given.workers and not (train_set.in_memory and test_set.in_memory)
+    return Passes(given.model, weights, given.loss, train_set, test_set, batch, f"one by one: {why}", read_in_rank)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
-    "torch's generator": (torch.get_rng_state, torch.set_rng_state),
+TORCHS = {"torch's generator": (torch.get_rng_state, torch.set_rng_state)}
+OTHERS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "Python's random": (random.getstate, random.setstate),
     "numpy.random": (np.random.get_state, np.random.set_state),
 }
@@ -23,21 +23,28 @@ GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
 CUDA = {"torch's generator on cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state)}
 
 
-def seed_generators(*key: int | str) -> None:
-    """Seed all generators from `key`; takes some microseconds."""
+def seed_torch(*key: int | str) -> int:
+    """Seed torch's generators from `key`, which takes three microseconds; returns the seed."""
     number = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest())
     torch.default_generator.manual_seed(number)  # torch.manual_seed looks for all kinds of devices, each time
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(number)
+    return number
+
+
+def seed_generators(*key: int | str) -> None:
+    """Seed all generators from `key`, which takes about ten microseconds."""
+    number = seed_torch(*key)
     random.seed(number)
     np.random.seed(number % 2**32)  # noqa: NPY002
 
 
 class RandomStates:
-    """The states of all generators at one moment."""
+    """The states of all generators at one moment; `but_torch`: without torch's."""
 
-    def __init__(self) -> None:
-        self._generators = GENERATORS | (CUDA if torch.cuda.is_initialized() else {})
+    def __init__(self, *, but_torch: bool = False) -> None:
+        torchs = TORCHS | (CUDA if torch.cuda.is_initialized() else {})
+        self._generators = OTHERS if but_torch else torchs | OTHERS
         self._states = {name: read() for name, (read, _) in self._generators.items()}
 
     def moved(self) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from ddp_circles.metrics import LocalTally, Metric, Progress
 from ddp_circles.models import state_of
 from ddp_circles.optimization import MakeOptimizer, MakeScheduler, Optimization
 from ddp_circles.passes import choose_passes
-from ddp_circles.random_numbers import random_states_as_found
+from ddp_circles.random_numbers import random_states_as_found, seed_generators, seed_torch
 from ddp_circles.records.console import Console
 from ddp_circles.records.metrics_file import MetricsFile
 from ddp_circles.records.recorder import Recorder, Writer
@@ -138,9 +138,13 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
 
     exact = config.reduction == "exact"
     tally = LocalTally(world.device, metrics=given.metrics, accuracy=verdict.has_accuracy, exact=exact)
-    reducer = _make_reducer(config, world, passes.network, tally, verdict.buffers)
-    draws = passes.draws or optimization.may_draw
+    buffers = Buffers(bare, verdict.buffers) if exact and verdict.buffers else None
+    reducer = _make_reducer(config, world, passes.network, tally, buffers)
+    seeded = verdict.draws or passes.read_in_rank or optimization.may_draw
+    watched = exact and given.verdict is not None
     samples = len(passes.train_set)
+    steps_per_epoch = -(-samples // (config.batch_size or samples))
+    optimization.check_length(config.epochs * steps_per_epoch)
     recorder = Recorder(
         watch=world.watch,
         rehearsal=Rehearsal(fault, path / "fault", passes.weights)
@@ -149,12 +153,12 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         writer=world.together(
             lambda: _make_writer(config, world, found, bare, optimization) if world.ranks.is_main else None
         ),
-        steps_per_epoch=-(-samples // (config.batch_size or samples)),
+        steps_per_epoch=steps_per_epoch,
         train_seconds=found.state.get("train_seconds", 0.0),
         metrics=found.state.get("metrics", {}),
         checkpoint_step=found.state.get("global_step"),
         learning_rates=optimization.learning_rates if given.identities["optimization"] else dict,
-        constancy=Constancy(bare, draws=draws, buffers=verdict.buffers) if exact and given.verdict else None,
+        constancy=Constancy(bare, seeded=seeded, buffers=buffers) if watched else None,
         refuse=world.refuse,
     )
     at_end.callback(recorder.close)
@@ -171,8 +175,8 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         seed=config.seed,
         events=recorder,
         evaluation_batch=passes.evaluation_batch,
-        draws=draws,
-        gradient_norm=optimization.mean_norm if optimization.clips else None,
+        seed_generators=seed_generators if seeded else seed_torch if given.verdict else None,
+        gradient_norm=optimization.mean_norm if optimization.measures_norm else None,
     )
     begun = f"continue after step {recorder.global_step(progress)}" if found.state else "start"
     world.say(f"{begun}: {world.describe()}, run directory {path}")
@@ -200,7 +204,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
 
 
 def _make_reducer(
-    config: Config, world: World, network: nn.Module, tally: LocalTally, buffers: Sequence[str]
+    config: Config, world: World, network: nn.Module, tally: LocalTally, buffers: Buffers | None
 ) -> ExactReducer | SideBySideReducer | FastReducer:
     """The gradient reducer for `network`, wrapped in DDP unless the world has one rank."""
     replica = DistributedDataParallel(network, gradient_as_bucket_view=True) if world.ranks.world_size > 1 else network
@@ -220,7 +224,7 @@ def _make_reducer(
     }
     if isinstance(network, SideBySide):
         return SideBySideReducer(network, replica, **given)
-    return ExactReducer(network, replica, buffers=Buffers(network, buffers) if buffers else None, **given)
+    return ExactReducer(network, replica, buffers=buffers, **given)
 
 
 def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, optimization: Optimization) -> Writer:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ddp_circles.contract import Part, check_values, explained, first_wrong
-from ddp_circles.data import Dataset, Split, leaves, mapped, same
+from ddp_circles.data import Dataset, Split, digest, leaves, mapped, same
 from ddp_circles.errors import SampleError, UserError
 from ddp_circles.explain import dtype_of, kind_of
-from ddp_circles.fixed_point import GRADIENT_BITS, LOSS_BITS, largest_term
+from ddp_circles.fixed_point import BUFFER_BITS, GRADIENT_BITS, LOSS_BITS, largest_term
 from ddp_circles.loop import EVALUATION_BATCH, LossFunction
 from ddp_circles.metrics import Metric
 from ddp_circles.models import loss_sum
@@ -36,7 +36,7 @@ class Verdict:
     has_accuracy: bool = True
     """True if accuracy means something for these logits and targets."""
     draws: bool = False
-    """True if random numbers are drawn."""
+    """True if random numbers are drawn from other generators than torch's."""
     buffers: tuple[str, ...] = ()
     """The buffers that the forward pass changes in training, by name."""
 
@@ -71,6 +71,8 @@ class Trial:
         self._buffers: tuple[str, ...] = ()
         self.sums: dict[str, float] = {}
         """The sums that were tried, by argument and part of the data."""
+        self.digests: dict[str, str] = {}
+        """Of the samples that were read from data sets, by name."""
         self.conversion = ""
         """What becomes of inputs of another type than the model's, in words."""
 
@@ -94,7 +96,7 @@ class Trial:
         with torch.inference_mode(mode=not training):
             inputs, targets = self._first(samples)
             before = self._seed()
-            logits = self._run_twice(name, inputs, training=training) if self._exact else self._run(name, inputs)
+            logits = self._run_twice(name, inputs, terms) if self._exact else self._run(name, inputs)
             targets_type = None
             if self._is_default:
                 everything = samples.targets if isinstance(samples, Dataset) else targets
@@ -116,20 +118,22 @@ class Trial:
         if self._is_default:
             samples.largest_target = logits.shape[1] - 1 if targets_type == torch.int64 else 1
         samples.empty = mapped(lambda tensor: tensor[:0].clone(), (inputs, targets))
-        return samples, _has_accuracy(logits, targets)
+        has_accuracy = self._is_default and _has_accuracy(logits, targets)
+        samples.has_labels = has_accuracy
+        return samples, has_accuracy
 
     def _run(self, name: str, inputs: Any) -> Tensor:
         """The logits of `inputs`; notes the buffers that are changed in training."""
         logits = _logits_of(self._model, inputs, f"{name}.inputs")
         self._state.check_names()
         if self._model.training:
-            self._buffers = self._state.written()
+            self._buffers = self._state.written(self._exact)
         return logits
 
-    def _run_twice(self, name: str, inputs: Any, *, training: bool) -> Tensor:
+    def _run_twice(self, name: str, inputs: Any, terms: "_Terms") -> Tensor:
         """The logits of `inputs`, which must be the same from the same random numbers and buffers."""
         first = self._run(name, inputs)
-        self._state.check_changes(training=training)
+        self._state.check_changes(terms, training=self._model.training)
         self._state.restore_buffers()
         self._seed()
         logits = self._run(name, inputs)
@@ -165,8 +169,9 @@ class Trial:
                 "torch's global generator, Python's random or numpy.random, which are seeded for each sample, and not "
                 "from a generator of its own; or use --reduction fast"
             )
-        if not leaves(first[0]):
-            raise UserError(f"{samples.name} must have inputs that are tensors, arrays or numbers")
+        if any(tensor.is_cuda for tensor in leaves(first)):
+            raise UserError(f"{samples.name} gives samples on a GPU: leave them on the CPU, fit() moves them")
+        self.digests[samples.name] = digest(leaves(first))
         on_device: tuple[Any, Any] = mapped(lambda tensor: tensor.to(self._device), first)
         return on_device
 
@@ -178,7 +183,7 @@ class Trial:
     def _seed() -> RandomStates:
         """Seed all generators, alike for each pass; returns their states."""
         seed_generators("trial")
-        return RandomStates()
+        return RandomStates(but_torch=True)
 
     def _try_fewer(self, name: str, inputs: Any, targets: Any, count: int, batch: int) -> None:
         """Try as few samples as a step of `batch` out of `count` may leave a micro-batch, or a rank."""
@@ -419,13 +424,17 @@ class _State:
                 f"model= registers or removes buffers in its forward pass ({', '.join(sorted(other))}): do so before"
             )
 
-    def written(self) -> tuple[str, ...]:
-        """The buffers that something was written to since they were put back, be it what they held, by name."""
+    def written(self, exact: bool) -> tuple[str, ...]:
+        """The buffers that something was written to since they were put back, be it what they held, by name.
+
+        Without those that `exact` sums could not follow: they must stay as they are.
+        """
         now, writes, changed = dict(self._model.named_buffers()), self._count_writes(), self.changed()
         return tuple(
             name
             for name, (buffer, _) in self._buffers.items()
-            if name in changed or writes[name] != self._versions[name] or now.get(name) is not buffer
+            if (name in changed or writes[name] != self._versions[name] or now.get(name) is not buffer)
+            and not (exact and self._why_not(name))
         )
 
     def changed(self) -> tuple[str, ...]:
@@ -433,26 +442,34 @@ class _State:
         now = dict(self._model.named_buffers())
         return tuple(name for name, (_, value) in self._buffers.items() if not same(now.get(name), value))
 
-    def check_changes(self, *, training: bool) -> None:
+    def check_changes(self, terms: "_Terms", *, training: bool) -> None:
         """Refuse changes that exact sums cannot follow."""
-        now, saved = dict(self._model.named_buffers()), self._model.state_dict().keys()
         for name in self.changed():
-            new, old = now.get(name), self._buffers[name][1]
+            why = self._why_not(name)
             if not training:
                 why = "it changes in evaluation, and its value would depend on the rank: change it in training alone"
-            elif new is None or new.shape != old.shape or new.dtype != old.dtype:
-                why = f"it was {kind_of(old)} and becomes {kind_of(new)}: keep its shape and type"
-            elif new.dtype == torch.bool or new.is_complex():
-                why = f"it is {dtype_of(new)}, and changes are added up: use numbers"
-            elif not (new.isfinite().all() and old.isfinite().all()):
-                why = "it is not finite, and changes are added up: let it begin with a finite number"
-            elif name not in saved:
-                why = "it changes, and a checkpoint would not hold it: register it with persistent=True"
-            else:
-                continue
-            raise UserError(
-                f"--reduction exact cannot train a model with the buffer {name}: {why}, or use --reduction fast"
-            )
+            if why:
+                raise UserError(
+                    f"--reduction exact cannot train a model with the buffer {name}: {why}, or use --reduction fast"
+                )
+            change = (dict(self._model.named_buffers())[name] - self._buffers[name][1]).float()
+            if change.numel():
+                terms.check(
+                    f"the change of the buffer {name}", torch.linalg.vector_norm(change, torch.inf), BUFFER_BITS
+                )
+
+    def _why_not(self, name: str) -> str:
+        """The reason why exact sums cannot follow the changes of a buffer; empty for none."""
+        new, old = dict(self._model.named_buffers()).get(name), self._buffers[name][1]
+        if new is None or new.shape != old.shape or new.dtype != old.dtype:
+            return f"it was {kind_of(old)} and becomes {kind_of(new)}: keep its shape and type"
+        if new.dtype == torch.bool or new.is_complex():
+            return f"it is {dtype_of(new)}, and changes are added up: use numbers"
+        if not (new.isfinite().all() and old.isfinite().all()):
+            return "it is not finite, and changes are added up: let it begin with a finite number"
+        if name not in self._model.state_dict():
+            return "it changes, and a checkpoint would not hold it: register it with persistent=True"
+        return ""
 
     def restore_buffers(self) -> None:
         """Put the buffers back."""

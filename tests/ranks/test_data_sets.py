@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -555,7 +556,7 @@ ITEMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[], dict[str, A
     ),
     "regression on float": (lambda x, y: (x, float(x[0])), lambda: {"loss": squares}),
     "structured targets": (
-        lambda x, y: (x, {"number": float(y), "parts": (x[1], "a text")}),
+        lambda x, y: (x, {"number": float(y), "parts": (x[1], x[0])}),
         lambda: {"loss": structured, "metrics": {"own": structured}},
     ),
 }
@@ -672,7 +673,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "raises": (lambda: changed(fail), r"^data.train\[0\] failed: KeyError: .*no such.*test_data_sets.py, line \d+\)$"),
     "raises in the test": (lambda: changed(fail, "test"), r"^data.test\[0\] failed: KeyError: "),
     "no pair": (lambda: changed(lambda x, _: x), r"^data.train\[0\] must be \(inputs, target\).* got shape \[3\]"),
-    "triple": (lambda: changed(lambda x, y: (x, y, y)), r"^data.train\[0\] must be \(inputs, target\).* got tuple$"),
+    "triple": (lambda: changed(lambda x, y: (x, y, y)), r"^data.train\[0\] must be \(inputs, .* got tuple of 3$"),
     "dictionary": (lambda: changed(lambda x, y: {"x": x, "y": y}), r"^data.train\[0\] must be \(inputs, target\)"),
     "nothing": (lambda: changed(lambda x, y: None), r"^data.train\[0\] must be \(inputs, target\).* got NoneType$"),
     "nan": (lambda: changed(lambda x, y: (x * torch.nan, y)), r"^data.train\[0\] holds nan, not a finite number"),
@@ -682,7 +683,8 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "shapes": (lambda: changed(unlike), r"^data.train\[\d+\] is .*, and the first one was "),
     "objects": (lambda: changed(lambda x, y: (object(), y)), r"^data.train\[0\] cannot be put into a batch"),
-    "texts": (lambda: changed(lambda x, y: ("a picture", y)), "^data.train must have inputs that are tensors"),
+    "texts": (lambda: changed(lambda x, y: ("a picture", y)), "^data.train.* holds 'a picture', which is no tensor"),
+    "names beside numbers": (lambda: changed(lambda x, y: ({"x": x, "name": "a"}, y)), r"^data.train\[0\] holds 'a'"),
     "class": (lambda: changed(lambda x, y: (x, 7)), "^data.train.targets: sample 0 holds 7, not a number between 0"),
 }  # fmt: skip
 
@@ -1106,3 +1108,41 @@ def test_the_harness_finds_a_process_that_is_left() -> None:
         assert still_there([job.processes[0].pid]) == [job.processes[0].pid]
         job.signal(signal.SIGKILL)
         wait_until(lambda: not runs(job.processes[0].pid), 5, lambda: True, str)
+
+
+# ---- a worker that is lost while it has nothing to do
+
+
+def train_and_lose_a_worker(run_dir: Path) -> None:
+    """A worker that reads the training samples is killed in the evaluation."""
+
+    class Deadly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if not self.training and metrics_file.exists() and metrics_file.stat().st_size:
+                for child in psutil.Process().children():
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
+            logits: Tensor = self.layers(inputs)
+            return logits
+
+    metrics_file = run_dir / "metrics.jsonl"
+    train(run_dir, as_tensors_to_test_on, 1, {"epochs": 4}, lambda: {"model": Deadly()})
+
+
+def as_tensors_to_test_on() -> Split[Any]:
+    tested = [Samples("test")[index] for index in range(TESTED_ON)]
+    inputs, targets = (torch.stack([torch.as_tensor(part) for part in parts]) for parts in zip(*tested, strict=True))
+    return Split(Samples("train"), Dataset(inputs, targets))
+
+
+def test_a_worker_that_is_lost_between_epochs_is_named(tmp_path: Path) -> None:
+    with Job(train_and_lose_a_worker, 1, tmp_path) as job:
+        (outcome,) = job.wait(60)
+    assert outcome.code == 1, outcome.output
+    named = r"^rank 0: worker process \d+, which was idle.* was killed by SIGKILL"
+    assert re.search(named, outcome.output, re.MULTILINE), outcome.output
+    assert "Traceback" not in outcome.output

@@ -74,7 +74,9 @@ def test_not_a_number_fails_every_rank_at_its_step_with_one_message(tmp_path: Pa
     assert [outcome.code for outcome in outcomes] == [1, 1, 1]
     messages = {outcome.output.partition(f"rank {outcome.rank}: ")[2] for outcome in outcomes}
     assert len(messages) == 1
-    assert messages.pop().startswith("in step 50, gradients, losses or metrics were not finite, or beyond the range")
+    assert messages.pop().startswith(
+        "in step 50, gradients, losses, metrics or changes of buffers were not finite, or beyond the range"
+    )
     assert all("Traceback" not in outcome.output for outcome in outcomes)
     assert (status(tmp_path), checkpoint_steps(tmp_path)[0]) == ("failed", 50)
     assert finish(2, tmp_path, *SMALL).rows[-1][0] == 9  # the fault does not come again

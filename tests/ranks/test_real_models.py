@@ -6,7 +6,7 @@ import os
 import random
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import (
 )
 from torch.utils.data import DistributedSampler
 
-from ddp_circles import Config, Dataset, Split, fit, loop
+from ddp_circles import Config, Dataset, Split, fit, loop, run
 from ddp_circles.errors import UserError
 from ddp_circles.exact import ExactReducer
 from tests.harness.ranks import Job, Outcome, run_ranks
@@ -454,8 +454,8 @@ def masks_by_place(run_dir: Path, seed: int) -> dict[Any, bytes]:
             masks[keys[-1]] = mask.numpy().tobytes()
         return inputs * mask.view(8, WIDTH)[0]
 
-    original = loop.__dict__["seed_generators"]
-    with mock.patch("ddp_circles.loop.seed_generators", noting):
+    original = run.__dict__["seed_torch"]
+    with mock.patch("ddp_circles.run.seed_torch", noting):
         fitted(run_dir, lambda: {"model": Before(drop), "settings": FEW}, seed=seed)
     return masks
 
@@ -471,15 +471,23 @@ def test_each_micro_batch_of_each_step_has_its_own_mask(tmp_path: Path) -> None:
     assert not set(masks.values()) & set(others.values())
 
 
-def count_seedings(run_dir: Path) -> int:
-    with mock.patch("ddp_circles.loop.seed_generators") as seeding:
-        fitted(run_dir, lambda: {"model": perceptron(nn.BatchNorm1d(8)), "optimizer": adamw})
-    return seeding.call_count
+def count_seedings(run_dir: Path) -> list[int]:
+    """Calls that seed all generators, and torch's alone, for a model of the caller's own and for the package's."""
+    counts: list[int] = []
+    for own in (True, False):
+        arguments = {"model": perceptron(nn.BatchNorm1d(8))} if own else {"model": None, "data": None}
+        with (
+            mock.patch("ddp_circles.run.seed_generators") as all_of_them,
+            mock.patch("ddp_circles.run.seed_torch") as a,
+        ):
+            fitted(run_dir / str(own), partial(dict, arguments, optimizer=adamw))
+        counts += [all_of_them.call_count, a.call_count > 0]
+    return counts
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_model_that_draws_nothing_is_not_seeded(tmp_path: Path, size: int) -> None:
-    assert run_ranks(count_seedings, size, tmp_path) == [0] * size
+def test_what_draws_nothing_is_hardly_seeded(tmp_path: Path, size: int) -> None:
+    assert run_ranks(count_seedings, size, tmp_path) == [[0, True, 0, False]] * size
 
 
 # ---- a plain loop
@@ -847,7 +855,7 @@ def replace_for_a_while(module: Before, inputs: Tensor) -> None:
 
 def on_the_last_rank(module: Before, inputs: Tensor) -> None:
     if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
-        torch.rand(())
+        random.random()
 
 
 def another_buffer() -> dict[str, Any]:
@@ -865,15 +873,13 @@ def another_buffer() -> dict[str, Any]:
 
 NOT_SEEDED, NOT_SUMMED = r"random numbers were drawn \({}\).*were not seeded", r"changed buffers \(buffer\).*not summed"
 LATE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "torch": (lambda: begins_late(lambda *_: torch.rand(())), NOT_SEEDED.format("torch's generator")),
-    "dropout": (lambda: begins_late(lambda _, x: F.dropout(x)), NOT_SEEDED.format("torch's generator")),
     "random": (lambda: begins_late(lambda *_: random.random()), NOT_SEEDED.format("Python's random")),
     "numpy": (lambda: begins_late(lambda *_: np.random.rand()), NOT_SEEDED.format(r"numpy\.random")),  # noqa: NPY002
     "in evaluation": (
-        lambda: begins_late(lambda *_: torch.rand(()), in_training=False),
-        NOT_SEEDED.format("torch's generator"),
+        lambda: begins_late(lambda *_: random.random(), in_training=False),
+        NOT_SEEDED.format("Python's random"),
     ),
-    "on one rank": (lambda: begins_late(on_the_last_rank), NOT_SEEDED.format("torch's generator")),
+    "on one rank": (lambda: begins_late(on_the_last_rank), NOT_SEEDED.format("Python's random")),
     "in place": (lambda: begins_late(lambda module, x: module.buffer.add_(x.mean(0))), NOT_SUMMED),
     "replaced": (lambda: begins_late(replace), NOT_SUMMED),
     "replaced twice": (lambda: begins_late(replace_twice), NOT_SUMMED),
@@ -895,6 +901,19 @@ def train_late(folder: Path) -> dict[str, str]:
     return said
 
 
+def train_late_dropout(run_dir: Path) -> None:
+    def change(module: Before, inputs: Tensor) -> Tensor:
+        return F.dropout(inputs, 0.3, module.training and module.begun == 3)
+
+    fitted(run_dir, lambda: {"model": Before(change)}, epochs=3)
+
+
+def test_dropout_that_begins_in_a_later_epoch_has_the_same_bits(tmp_path: Path) -> None:
+    for size in (1, 2, 3):
+        run_ranks(train_late_dropout, size, tmp_path / str(size))
+        same_run(tmp_path / "1", tmp_path / str(size))
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_what_begins_in_a_later_epoch_is_refused_at_its_end(tmp_path: Path, size: int) -> None:
     results = run_ranks(train_late, size, tmp_path)
@@ -910,7 +929,7 @@ def train_mended(run_dir: Path, broken: bool) -> str:
     """Train a model that draws random numbers in the second epoch, if it is `broken`; return its refusal."""
 
     def change(module: Before, inputs: Tensor) -> Tensor:
-        return inputs + torch.rand(()) if broken and module.begun == 3 and module.training else inputs
+        return inputs + random.random() if broken and module.begun == 3 and module.training else inputs
 
     try:
         fitted(run_dir, lambda: {"model": Before(change)}, epochs=3, checkpoint_steps=1)
@@ -927,6 +946,90 @@ def test_a_model_that_was_mended_after_its_refusal_ends_with_the_bits_of_a_good_
     assert all("were not seeded" in text for text in refused)
     assert run_ranks(train_mended, size, tmp_path / "mended", False) == [""] * size
     same_run(tmp_path / "good", tmp_path / "mended")
+
+
+# ---- optimizers and buffers out of the ordinary
+
+
+class Trusting(torch.optim.Optimizer):
+    """Steps by the gradient over its length, which it computes by a product; its momentum is in float64."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            gradient = parameter.grad.flatten()
+            momentum = self.state[parameter].setdefault("momentum", torch.zeros(gradient.shape, dtype=torch.float64))
+            momentum.mul_(0.9).add_(gradient / (torch.dot(gradient, gradient).sqrt() + 1e-8))
+            parameter.sub_(0.05 * momentum.float().view_as(parameter))
+
+
+def train_by_trust(run_dir: Path, epochs: int) -> None:
+    def make() -> dict[str, Any]:
+        layers = nn.Linear(LENGTH * FEATURES, 33), nn.ReLU(), nn.Linear(33, 7), nn.Linear(7, 1)
+        return {
+            "model": nn.Sequential(nn.Flatten(), *layers, nn.Flatten(0)),
+            "optimizer": lambda own: Trusting(own.parameters()),
+        }
+
+    fitted(run_dir, make, epochs=epochs)
+
+
+def test_an_optimizer_of_ones_own_has_the_same_bits_on_any_number_of_ranks_and_resumed(tmp_path: Path) -> None:
+    run_ranks(train_by_trust, 1, tmp_path / "1", 4)
+    for size in (2, 3):
+        run_ranks(train_by_trust, size, tmp_path / str(size), 2)
+        run_ranks(train_by_trust, 5 - size, tmp_path / str(size), 4)
+        same_run(tmp_path / "1", tmp_path / str(size))
+
+
+class Marked(nn.Module):
+    """A model that writes the same to a buffer in each pass; in evaluation it may change another one, later."""
+
+    ready: Tensor
+    mask: Tensor
+    average: Tensor
+
+    def __init__(self, disturbs: bool) -> None:
+        super().__init__()
+        self.layers, self.disturbs, self.tested = perceptron(), disturbs, 0
+        self.register_buffer("ready", torch.tensor(True))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.ready.fill_(True)
+        self.mask.copy_(torch.tensor([0.0, -torch.inf]))
+        if self.training:
+            self.average.add_(inputs.mean() if len(inputs) else 0.0)
+        else:
+            self.tested += 1
+            if self.disturbs and self.tested > 8:
+                self.average.add_(1)
+        logits: Tensor = self.layers(inputs)
+        return logits
+
+
+def train_marked(run_dir: Path, disturbs: bool) -> str:
+    try:
+        fitted(run_dir, lambda: {"model": Marked(disturbs)}, epochs=3)
+        return ""
+    except UserError as error:
+        return str(error)
+
+
+def test_buffers_that_are_written_and_stay_as_they_are_need_no_sums(tmp_path: Path) -> None:
+    for size in (1, 3):
+        assert run_ranks(train_marked, size, tmp_path / str(size), False) == [""] * size
+        same_run(tmp_path / "1", tmp_path / str(size))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_buffer_that_evaluation_disturbs_is_refused(tmp_path: Path, size: int) -> None:
+    said = run_ranks(train_marked, size, tmp_path, True)
+    assert all("buffers were changed out of training (average)" in text for text in said)
 
 
 # ---- fast

@@ -134,7 +134,7 @@ def test_gradients_are_clipped_as_torch_does(most: float) -> None:
             assert parameter.grad is not None
             assert other.grad is not None
             torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-6, atol=0)
-    assert optimization.clips
+    assert optimization.measures_norm
     (mean,) = optimization.mean_norm().tolist()
     assert mean / 2**LOSS_BITS == pytest.approx(sum(norms) / 3, rel=1e-6)
 
@@ -256,7 +256,7 @@ def test_frozen_parameters_may_be_held_or_left_out() -> None:
 def test_the_configuration_s_optimizer(kind: str) -> None:
     optimization = Optimization(model(), default_optimizer(kind, 0.25))
     assert optimization.learning_rates() == {"lr": 0.25}
-    assert not optimization.clips
+    assert not optimization.measures_norm
     assert type(optimization.optimizer).__name__.lower() == kind
 
 
