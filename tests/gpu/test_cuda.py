@@ -1,12 +1,17 @@
 """The promise on CUDA: the same bits on one rank and on several that share the device."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import OneCycleLR
 
-from tests.harness.ranks import train_on
+from ddp_circles import Config
+from examples import digits
+from tests.harness.ranks import run_ranks, train_on
+from tests.harness.runs import bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -47,3 +52,23 @@ def test_divergence_is_detected_although_sums_are_read_late(tmp_path: Path) -> N
     for rank, outcome in enumerate(outcomes):
         assert outcome.code == 1
         assert f"rank {rank}: in step 20" in outcome.output
+
+
+def train_digits(run_dir: Path, workers: int, epochs: int) -> None:
+    """Train the example: convolutions, batch norm, dropout, AdamW, a schedule, clipping, samples from pinned memory."""
+    changed = {"epochs": epochs, "device": "cuda", "backend": "gloo", "wandb": "disabled", "plots": False}
+    setattr(digits, "Config", lambda **settings: Config(**settings | changed))  # noqa: B010 - not a type any more
+    setattr(digits, "OneCycleLR", lambda optimizer, **given: OneCycleLR(optimizer, **given | {"total_steps": 48}))  # noqa: B010
+    sys.argv = ["digits.py", f"--run-dir={run_dir}", f"--workers={workers}"]
+    digits.main()
+
+
+@pytest.mark.timeout(600)
+def test_a_real_model_has_the_same_bits_on_one_device(tmp_path: Path) -> None:
+    run_ranks(train_digits, 1, tmp_path / "1", 0, 4, timeout=200)
+    for size, workers in ((1, 2), (2, 2), (3, 0)):
+        run_ranks(train_digits, size, tmp_path / f"{size} {workers}", workers, 4, timeout=200)
+        assert bits(tmp_path / f"{size} {workers}") == bits(tmp_path / "1")
+    run_ranks(train_digits, 2, tmp_path / "resumed", 0, 2, timeout=200)
+    run_ranks(train_digits, 1, tmp_path / "resumed", 2, 4, timeout=200)
+    assert bits(tmp_path / "resumed") == bits(tmp_path / "1")
