@@ -53,6 +53,19 @@ class Request(NamedTuple):
     samples: list[int]
 
 
+class Needs(NamedTuple):
+    """The needs of model and loss, as the trial has found them."""
+
+    inputs_type: torch.dtype | None = None
+    """Type that float64 inputs are converted to."""
+    targets_type: torch.dtype | None = None
+    """Type that targets are converted to."""
+    largest_target: int | None = None
+    """Targets below 0 or above it are refused."""
+    labels: bool = False
+    """True if targets between two labels are refused."""
+
+
 class Reader(data.Dataset[Any]):
     """Reads samples from `dataset`, in this process or in a worker: each with random numbers of its own.
 
@@ -65,14 +78,7 @@ class Reader(data.Dataset[Any]):
         self._fingerprint = getattr(dataset, "fingerprint", "")
         self._form: Any = None
         """The form of all items, from the first read."""
-        self.inputs_type: torch.dtype | None = None
-        """Type that float64 inputs are converted to."""
-        self.targets_type: torch.dtype | None = None
-        """Type that targets are converted to."""
-        self.largest_target: int | None = None
-        """Targets below 0 or above it are refused."""
-        self.has_labels = False
-        """True if targets are labels, and not between two of them."""
+        self.needs = Needs()
         self.empty: tuple[Any, Any] = (None, None)
         """Inputs and targets of no sample, on the device."""
         self.reading: Tensor | None = None
@@ -125,17 +131,14 @@ class Reader(data.Dataset[Any]):
         for values in leaves((inputs, targets)):
             if values.is_floating_point():
                 self._check(values.isfinite(), values, numbers, "a finite number: leave it out")
-        if self.largest_target is not None:
-            within = (targets >= 0) & (targets <= self.largest_target)
-            if self.has_labels:
+        if (most := self.needs.largest_target) is not None:
+            within = (targets >= 0) & (targets <= most)
+            if self.needs.labels:
                 within &= targets == targets.long()
-            kind = "a label from" if self.has_labels else "a target between"
-            self._check(within, targets, numbers, f"{kind} 0 to {self.largest_target}")
-        if (to := self.inputs_type) is not None:
+            self._check(within, targets, numbers, f"a {'label' if self.needs.labels else 'target'} from 0 to {most}")
+        if (to := self.needs.inputs_type) is not None:
             inputs = mapped(lambda tensor: tensor.to(to) if tensor.dtype == torch.float64 else tensor, inputs)
-        if self.targets_type is not None:
-            targets = targets.to(self.targets_type)
-        return inputs, targets
+        return inputs, targets if self.needs.targets_type is None else targets.to(self.needs.targets_type)
 
     def _item(self, epoch: int, sample: int) -> Any:
         self._note(sample)

@@ -16,6 +16,7 @@ from ddp_circles.data import Dataset, Split, digest, leaves, mapped, same
 from ddp_circles.errors import SampleError, UserError
 from ddp_circles.explain import dtype_of, kind_of
 from ddp_circles.fixed_point import BUFFER_BITS, GRADIENT_BITS, LOSS_BITS, largest_term
+from ddp_circles.loading import Needs
 from ddp_circles.loop import EVALUATION_BATCH, LossFunction
 from ddp_circles.metrics import Metric
 from ddp_circles.models import loss_sum
@@ -113,13 +114,16 @@ class Trial:
         if isinstance(samples, Dataset):
             taken = Dataset(self._converted(samples.inputs), samples.targets.to(targets_type or samples.targets.dtype))
             return taken, _has_accuracy(logits, taken.targets)
-        samples.inputs_type = torch.float32 if _dtype_of(self._model) == torch.float32 else None
-        samples.targets_type = targets_type
-        if self._is_default:
-            samples.largest_target = logits.shape[1] - 1 if targets_type == torch.int64 else 1
-        samples.empty = mapped(lambda tensor: tensor[:0].clone(), (inputs, targets))
+        # Of a data set only a few targets are seen, so the others are checked as they are read.
         has_accuracy = self._is_default and _has_accuracy(logits, targets)
-        samples.has_labels = has_accuracy
+        classes = logits.shape[1] if targets_type == torch.int64 else 2
+        samples.needs = Needs(
+            torch.float32 if _dtype_of(self._model) == torch.float32 else None,
+            targets_type,
+            classes - 1 if self._is_default else None,
+            has_accuracy,
+        )
+        samples.empty = mapped(lambda tensor: tensor[:0].clone(), (inputs, targets))
         return samples, has_accuracy
 
     def _run(self, name: str, inputs: Any) -> Tensor:

@@ -15,7 +15,6 @@ from tests.harness.runs import PROJECT, Bits, Command, bits, checkpoint_steps, m
 
 EPOCHS = 4
 STEPS = 12 * EPOCHS
-EXAMPLE = PROJECT / "examples/digits.py"
 
 
 def train(run_dir: Path, workers: int) -> None:
@@ -72,17 +71,10 @@ def test_killed_twice_and_resumed_at_other_sizes(tmp_path: Path, expected: Bits)
 
 
 @pytest.mark.thorough
-@pytest.mark.timeout(600)
-def test_the_commands_of_its_own_page(tmp_path: Path) -> None:
-    """In full: what it reads right, and the same hash under python and torchrun."""
-    starts = {
-        "python": (sys.executable,),
-        "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4"),
-    }
-    for (name, launcher), workers in zip(starts.items(), (0, 2), strict=True):
-        words = (*launcher, EXAMPLE, "--run-dir", tmp_path / name, "--workers", workers)
-        with Command(tmp_path / f"{name}.log", *words, cwd=tmp_path, variables={"WANDB_MODE": "disabled"}) as command:
-            assert command.wait(280) == 0, command.output
-            assert "test accuracy 9" in command.output
-    assert bits(tmp_path / "python") == bits(tmp_path / "torchrun")
-    assert metrics(tmp_path / "python")[-1]["test/accuracy"] >= 0.985
+@pytest.mark.timeout(300)
+def test_it_reads_almost_all_digits(tmp_path: Path) -> None:
+    """In full; the README's test compares such a run with one under torchrun."""
+    words = (sys.executable, PROJECT / "examples/digits.py", "--run-dir", tmp_path / "run")
+    with Command(tmp_path / "log", *words, cwd=tmp_path, variables={"WANDB_MODE": "disabled"}) as command:
+        assert command.wait(280) == 0, command.output
+    assert metrics(tmp_path / "run")[-1]["test/accuracy"] >= 0.985
