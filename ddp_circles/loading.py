@@ -78,6 +78,8 @@ class Reader(data.Dataset[Any]):
         self._fingerprint = getattr(dataset, "fingerprint", "")
         self._form: Any = None
         """The form of all items, from the first read."""
+        self._first = ""
+        """The same in words."""
         self.needs = Needs()
         self.empty: tuple[Any, Any] = (None, None)
         """Inputs and targets of no sample, on the device."""
@@ -155,18 +157,19 @@ class Reader(data.Dataset[Any]):
             )
         # Compared with one item of all, and not within a batch: the samples of a batch depend on the number of ranks.
         form = _form_of(item)
-        self._form = self._form or form
+        if self._form is None:
+            self._form, self._first = form, _spell(item)
         if form != self._form:
             raise SampleError(
-                f"{self.name}[{sample}] is {form}, and the first one was {self._form}: give all samples the same "
-                "shapes and types"
+                f"{self.name}[{sample}] is {_spell(item)}, and the first one was {self._first}: give all samples the "
+                "same shapes and types"
             )
         return item
 
     def _note(self, sample: int) -> None:
         """Note what this worker reads, for the case that it does not survive it."""
         if self.reading is not None and (worker := get_worker_info()) is not None:
-            self.reading[worker.id] = sample
+            self.reading.numpy()[worker.id] = sample  # much faster than through torch
 
     def _check(self, good: Tensor, values: Tensor, samples: list[int], expected: str) -> None:
         """Raise `SampleError` if an element is not `good`, naming its sample."""
@@ -176,15 +179,22 @@ class Reader(data.Dataset[Any]):
             raise SampleError(f"{self.name}[{samples[row]}] holds {value}, not {expected}")
 
 
-def _form_of(value: Any) -> str:
-    """The structure of an item, with shapes and types."""
+def _form_of(value: Any) -> Any:
+    """The structure of an item, with shapes and types, to be compared."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.shape, value.dtype
+    if isinstance(value, Mapping):
+        return {key: _form_of(one) for key, one in value.items()}
+    return list(map(_form_of, value)) if isinstance(value, (tuple, list)) else type(value)
+
+
+def _spell(value: Any) -> str:
+    """The same in words."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_form_of(one)}' for key, one in value.items())}}}"
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_form_of, value))})"
-    return type(value).__name__
+        return f"{{{', '.join(f'{key}: {_spell(one)}' for key, one in value.items())}}}"
+    return f"({', '.join(map(_spell, value))})" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
 class Loaded:
