@@ -4,8 +4,7 @@ Every rank looks by itself: given the same, all ranks come to the same verdict. 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from ddp_circles.data import Dataset, Split, digest
 from ddp_circles.errors import UserError
-from ddp_circles.explain import explain, kind_of
+from ddp_circles.explain import explained, kind_of
 from ddp_circles.loading import Reader
 from ddp_circles.metrics import Metric
 from ddp_circles.models import load_state, state_of
@@ -197,12 +196,3 @@ def _check_for_exact_sums(model: nn.Module) -> None:
                 f"--reduction exact trains parameters that lie in memory row by row; {name} has strides "
                 f"{parameter.stride()}: make it contiguous(), or use --reduction fast"
             )
-
-
-@contextmanager
-def explained(what: str, hint: str = "") -> Iterator[None]:
-    """Turn an error of the caller's code into a `UserError` that says where it was raised."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{what}: {explain(error)}{hint}") from None

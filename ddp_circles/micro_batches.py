@@ -40,8 +40,8 @@ class Source(Protocol):
         """For each step from `first` on: this rank's micro-batches, without those that hold no sample."""
 
 
-class OneByOne:
-    """Tensors, from which each micro-batch is taken by itself."""
+class _Held:
+    """Samples that are all in memory."""
 
     in_memory = True
 
@@ -52,6 +52,10 @@ class OneByOne:
     def __len__(self) -> int:
         """The number of samples."""
         return len(self._samples.inputs)
+
+
+class OneByOne(_Held):
+    """Tensors, from which each micro-batch is taken by itself."""
 
     def steps(
         self,
@@ -75,22 +79,12 @@ class OneByOne:
             ]
 
 
-class Slices:
+class Slices(_Held):
     """Tensors, from which all micro-batches of a rank are taken as equal slices of one.
 
     Inputs [slices, rows, features + 1], where the last feature is 1, and all are 0 in rows without a sample; targets
     [slices * rows], there `IGNORED`.
     """
-
-    in_memory = True
-
-    def __init__(self, samples: Dataset) -> None:
-        self._samples = samples
-        self.nothing = MicroBatch(0, samples.inputs[:0], samples.targets[:0])
-
-    def __len__(self) -> int:
-        """The number of samples."""
-        return len(self._samples.inputs)
 
     def steps(
         self,

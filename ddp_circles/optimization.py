@@ -7,7 +7,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiplicativeLR, Re
 
 from ddp_circles.data import mapped
 from ddp_circles.errors import UserError
-from ddp_circles.explain import explain, kind_of
+from ddp_circles.explain import explain, explained, kind_of
 from ddp_circles.fixed_point import LOSS_BITS, quantize
 from ddp_circles.plain import from_bytes, to_bytes
 
+T = TypeVar("T")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 LARGEST_NORM = 2.0**38
 """Larger ones, which only a training that diverges has, are reported as this."""
@@ -76,10 +77,8 @@ class Optimization:
         self.optimizer.step()
         if self._scheduler is not None:
             self._rates = self._rates_now()
-            try:
+            with explained("scheduler= cannot go on"):
                 self._scheduler.step()
-            except Exception as error:
-                raise UserError(f"scheduler= cannot go on: {explain(error)}") from None
 
     def identity(self) -> str:
         """A digest of all settings, before the first step; functions are left out, of which no state is saved."""
@@ -142,18 +141,20 @@ class Optimization:
         clip_grads_with_norm_(self._parameters, max_norm, norm)
 
 
+def _build(name: str, kind: type[T], make: Callable[[Any], T], argument: Any, expected: str) -> T:
+    """Call the caller's `make`, which must be a function, as `expected`, that returns one of `kind`."""
+    if not callable(make) or isinstance(make, kind):
+        raise UserError(f"{name}= must be a function from {expected}, got {kind_of(make)}")
+    with explained(f"{name}= failed"):
+        built = make(argument)
+    if not isinstance(built, kind):
+        raise UserError(f"{name}= must return a torch {name}, got {kind_of(built)}")
+    return built
+
+
 def _make_optimizer(model: nn.Module, make: MakeOptimizer) -> Optimizer:
-    if not callable(make) or isinstance(make, Optimizer):
-        raise UserError(
-            f"optimizer= must be a function from the model to a torch optimizer, such as lambda model: "
-            f"torch.optim.AdamW(model.parameters(), lr=0.01), got {kind_of(make)}"
-        )
-    try:
-        optimizer = make(model)
-    except Exception as error:
-        raise UserError(f"optimizer= failed: {explain(error)}") from None
-    if not isinstance(optimizer, Optimizer):
-        raise UserError(f"optimizer= must return a torch optimizer, got {kind_of(optimizer)}")
+    example = "the model to a torch optimizer, such as lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)"
+    optimizer = _build("optimizer", Optimizer, make, model, example)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UserError(
@@ -177,17 +178,11 @@ def _make_optimizer(model: nn.Module, make: MakeOptimizer) -> Optimizer:
 
 
 def _make_scheduler(optimizer: Optimizer, make: MakeScheduler) -> LRScheduler:
-    if not callable(make) or isinstance(make, LRScheduler):
-        raise UserError(
-            "scheduler= must be a function from the optimizer to a torch scheduler, such as lambda optimizer: "
-            f"torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000), got {kind_of(make)}"
-        )
-    try:
-        scheduler = make(optimizer)
-    except Exception as error:
-        raise UserError(f"scheduler= failed: {explain(error)}") from None
-    if not isinstance(scheduler, LRScheduler):
-        raise UserError(f"scheduler= must return a torch scheduler, got {kind_of(scheduler)}")
+    example = (
+        "the optimizer to a torch scheduler, such as lambda optimizer: "
+        "torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)"
+    )
+    scheduler = _build("scheduler", LRScheduler, make, optimizer, example)
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise UserError("scheduler= is that of another optimizer: build it from the optimizer that it is given")
     if isinstance(scheduler, ReduceLROnPlateau):

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddp_circles.contract import Part, check_values, explained, first_wrong
+from ddp_circles.contract import Part, check_values, first_wrong
 from ddp_circles.data import Dataset, Split, digest, leaves, mapped, same
 from ddp_circles.errors import SampleError, UserError
-from ddp_circles.explain import dtype_of, kind_of
+from ddp_circles.explain import dtype_of, explained, kind_of
 from ddp_circles.fixed_point import BUFFER_BITS, GRADIENT_BITS, LOSS_BITS, largest_term
 from ddp_circles.loading import Needs
 from ddp_circles.loop import EVALUATION_BATCH, LossFunction
