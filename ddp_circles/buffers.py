@@ -63,6 +63,10 @@ class Buffers:
         states = zip(self.names, self._now(), self._tensors, self._before, strict=True)
         return [name for name, now, tensor, old in states if now is not tensor or not same(tensor, old)]
 
+    def latest(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The last micro-batch's changes, of floating-point numbers and of whole ones, which are not taken."""
+        return self._changes[len(self._changes) - self._floating :], self._counts[-1:]
+
     def changes(self) -> list[Tensor]:
         """The floating-point changes since the last call, to be rounded: float32, `values` for each micro-batch."""
         changes, self._changes = self._changes, []

@@ -45,6 +45,7 @@ class Config:
         seed: Seed of the weights and of the order.
         reduction: exact: the same bits on any number of ranks; fast: plain DDP.
         micro_batches: Pieces each global batch is cut into in exact mode; equal in runs to be compared.
+        audit_steps: Every N steps, let each rank recompute what another one owns, to find broken hardware; 0 = never.
         device: Device to compute on; auto: cuda if available.
         backend: Communication library; auto: nccl on cuda, else gloo.
         run_dir: Folder of the results; default: runs/<id of the launch, of the Slurm job, or time stamp>.
@@ -55,7 +56,7 @@ class Config:
         wandb: Weights & Biases; auto: online where credentials are configured, else offline.
         wandb_project: Project of the tracked run.
         plots: Draw the decision boundary and the learning curves at the end of the run.
-        fault: Rehearse a fault: kill, raise, stall or nan, as KIND@RANK:STEP; once per run directory.
+        fault: Rehearse a fault: kill, raise, stall, nan, flip or warp, as KIND@RANK:STEP; once per run directory.
         threads: CPU threads per rank.
         timeout: Seconds that a collective may take.
 
@@ -76,6 +77,7 @@ class Config:
     seed: int = 42
     reduction: Literal["exact", "fast"] = "exact"
     micro_batches: int = 8
+    audit_steps: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     run_dir: Path | None = None
@@ -143,6 +145,7 @@ _WHOLE_RANGES = {
     "batch_size": (0, math.inf),
     "seed": (0, 2**32 - 1),
     "micro_batches": (1, 2**16),
+    "audit_steps": (0, math.inf),
     "checkpoint_steps": (0, math.inf),
     "log_every": (1, math.inf),
     "threads": (1, MOST_THREADS),
@@ -181,6 +184,8 @@ def _check(config: Config) -> None:
     if len(config.hidden) > MOST_LAYERS:
         raise UserError(f"--hidden must have at most {MOST_LAYERS} widths, got {len(config.hidden)}")
     require(config.wandb_project.strip() != "", "wandb_project", "a name")
+    if config.audit_steps and config.reduction == "fast":
+        raise UserError(f"--audit-steps {config.audit_steps} needs --reduction exact: other sums have no right answer")
     if config.fault is not None:
         Fault.parse(config.fault)
 

@@ -25,6 +25,10 @@ class OutOfRangeError(ArithmeticError):
     """A gradient, loss or metric that is not finite, or too large for the exact sums; raised on all ranks alike."""
 
 
+class HardwareError(Exception):
+    """Ranks that computed different bits where all must compute the same; raised on all ranks alike."""
+
+
 class SampleError(Exception):
     """A sample of the caller's data set that cannot be read, by name; met by one rank alone."""
 

@@ -21,8 +21,9 @@ small network side by side, in one pass (`SideBySideReducer`), through any other
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from types import TracebackType
 from typing import TypedDict, Unpack
 
@@ -35,6 +36,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_circles.buffers import Buffers
+from ddp_circles.checksums import OUT_OF_RANGE, Checksums, checksum
 from ddp_circles.fixed_point import BUFFER_BITS, GRADIENT_BITS, LOSS_BITS, dequantize, largest_term, quantize
 from ddp_circles.job.sums import sum_over_ranks
 from ddp_circles.metrics import LocalTally
@@ -78,8 +80,11 @@ class _IntegerSums(ABC):
         self._places = {id(parameter): place for place, parameter in enumerate(self._parameters)}
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._size = sum(self._sizes)
+        self._offsets = list(accumulate(self._sizes, initial=0))
         self._integers: Tensor | None = None
         """The sum over this rank's micro-batches, in the order of the parameters; None if there is none."""
+        self._checksums: Checksums | None = None
+        """Those of an audited step."""
         self._limit = torch.tensor([largest_term(self.micro_batches, GRADIENT_BITS)], device=device)
         self._bad, *self._flags = torch.tensor([[0], [0], [1]], device=device).unbind()
         self._sums = torch.zeros(len(self._tally.names) + 2, dtype=torch.int64, device=device)
@@ -98,6 +103,30 @@ class _IntegerSums(ABC):
     def agreed(self, step: int, *, last: bool) -> Tensor:  # noqa: ARG002 - the arguments of `FastReducer.agreed`
         """Units by name, values out of range and stop requests of all ranks in the last step; int64."""
         return self._sums
+
+    # ---- the audit of a step
+
+    @abstractmethod
+    def recomputation(self) -> Pass:
+        """The pass of micro-batches that another rank owns: of them nothing but checksums stays."""
+
+    def begin_audit(self, checksums: Checksums) -> None:
+        """Note the checksums of the next step, and publish them with its sums."""
+        self._checksums = checksums
+
+    def take_published(self) -> Tensor:
+        """The checksums that all ranks have published in the last step, as a row of integers."""
+        assert self._checksums is not None
+        width = self._checksums.width
+        row = self._sums[-width:]
+        self._sums = self._sums[:-width]
+        return row
+
+    def end_audit(self) -> None:
+        """Let the next steps go unaudited."""
+        self._checksums = None
+
+    # ---- what rides with the gradients
 
     def _riding(self, units: Tensor, accuracy: Tensor, below: Tensor) -> list[Tensor]:
         """The integers that ride with the gradients: units by name, out-of-range flag, stop flag.
@@ -160,14 +189,33 @@ class SideBySideReducer(_IntegerSums):
         losses, accuracy = self._tally.take_apart()
         scaled = self._network.take_gradients(losses).mul_(self._scales)  # by powers of two, so without rounding
         below = torch.linalg.vector_norm(scaled, torch.inf) < self._most_units
-        integers = scaled.round_().long().sum(0)
+        slices = scaled.round_().long()
+        integers = slices.sum(0)
         self._integers = integers[:-1]
         riding = self._riding(integers[-1:], accuracy, below)
+        if (checksums := self._checksums) is not None:
+            checksums.own.append(self._checksums_of(scaled, slices))
+            checksums.sent += checksum(integers)
+            riding.append(checksums.row(below))
         if self._alone:
             self._deliver(riding)
         else:
             self._riders = riding
             self._dependent.backward(retain_graph=True)  # gives every parameter a gradient: DDP calls the hook
+
+    def recomputation(self) -> Pass:
+        """The pass of micro-batches that another rank owns: of them nothing but checksums stays."""
+        return self._network, _AtExit(self._recompute)
+
+    def _recompute(self) -> None:
+        losses, _ = self._tally.take_apart()
+        scaled = self._network.take_gradients(losses).mul_(self._scales).round_()
+        assert self._checksums is not None
+        self._checksums.again.append(self._checksums_of(scaled, scaled.long()))
+
+    def _checksums_of(self, scaled: Tensor, slices: Tensor) -> Tensor:
+        """The checksums of the slices' integers, from the numbers of which they were made."""
+        return checksum(slices).where(scaled.abs().amax(1) < self._most_units, OUT_OF_RANGE)
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum the one DDP bucket over all ranks, with everything that rides with it. Raises if that fails.
@@ -216,13 +264,50 @@ class ExactReducer(_IntegerSums):
         """Take over the gradients of one micro-batch, and clear them."""
         if len(self._waiting) == self._most_waiting:
             self._add_waiting()
+        gradients = self._take_gradients()
+        self._waiting += gradients
+        if self._checksums is not None:
+            self._checksums.own.append(self._checksum_of(gradients))
+
+    def _take_gradients(self) -> list[Tensor]:
+        """The gradients of one micro-batch, which are cleared; its changes of buffers are taken out."""
+        gradients = []
         for name, parameter in self._named:
             if parameter.grad is None:
                 raise ValueError(self._without_gradient(name))
-            self._waiting.append(parameter.grad)
+            gradients.append(parameter.grad)
             parameter.grad = None
         if self._buffers is not None:
             self._buffers.take_changes()
+        return gradients
+
+    def recomputation(self) -> Pass:
+        """The pass of a micro-batch that another rank owns: of it nothing but a checksum stays."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        return self._accumulating[0], _AtExit(self._recompute)
+
+    def _recompute(self) -> None:
+        gradients = self._take_gradients()
+        assert self._checksums is not None
+        self._checksums.again.append(self._checksum_of(gradients))
+        self._tally.take_apart()
+        if self._buffers is not None:
+            self._buffers.changes()
+            self._buffers.counts()
+
+    def _checksum_of(self, gradients: list[Tensor]) -> Tensor:
+        """The checksum of the integers that the last micro-batch adds to gradients and buffers; of shape [1]."""
+        changes, counts = self._buffers.latest() if self._buffers is not None else ([], [])
+        row = _flatten_dense_tensors([*gradients, *(change * BUFFER_SCALE for change in changes)])
+        below = torch.linalg.vector_norm(row, torch.inf) < self._limit
+        return checksum(torch.cat([quantize(row, GRADIENT_BITS), *counts])).where(below, OUT_OF_RANGE)
+
+    def _note_sent(self, pieces: Iterable[Tensor], places: Iterable[int]) -> None:
+        """Note the checksums of integers that this rank sends; `places`: of their parameters."""
+        if self._checksums is not None:
+            for piece, place in zip(pieces, places, strict=True):
+                self._checksums.sent += checksum(piece, self._offsets[place])
 
     def finish(self) -> None:
         """End a step's last backward pass, in which the hook has put the sums in place."""
@@ -230,7 +315,7 @@ class ExactReducer(_IntegerSums):
             missing = [name for name, parameter in self._named if parameter.grad is None]
             raise ValueError(self._without_gradient(*missing))
         self._reduced = False
-        self._change_buffers()
+        self._end_step()
 
     @staticmethod
     def _without_gradient(*names: str) -> str:
@@ -241,8 +326,10 @@ class ExactReducer(_IntegerSums):
         self.accumulate()
         values, accuracy = self._tally.take_apart()
         units = self._add_waiting(*self._to_round(values))
+        assert self._integers is not None
+        self._note_sent([self._integers], [0])
         self._deliver(self._all_riding(units, len(values), accuracy))
-        self._change_buffers()
+        self._end_step()
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Sum one DDP bucket over all ranks: the last micro-batch's gradients plus those accumulated before.
@@ -273,6 +360,10 @@ class ExactReducer(_IntegerSums):
         """Add the integers of the micro-batches before to a bucket's `integers`."""
         if self._integers is not None:
             integers += torch.cat(self._pieces(bucket))
+        if self._checksums is not None:
+            parameters = bucket.parameters()
+            pieces = integers.split([parameter.numel() for parameter in parameters])
+            self._note_sent(pieces, [self._places[id(parameter)] for parameter in parameters])
 
     def _add_waiting(self, *riding: Tensor) -> Tensor:
         """Round each waiting micro-batch's gradients by themselves and add them to the rank's integers.
@@ -305,15 +396,24 @@ class ExactReducer(_IntegerSums):
 
     def _all_riding(self, units: Tensor, count: int, accuracy: Tensor) -> list[Tensor]:
         """The integers that ride with the gradients, from the units of `_to_round`, of which `count` are of values."""
-        by_name = units[:count].view(-1, self._tally.width).sum(0)
-        riding = self._riding(by_name, accuracy, self._take_peak() < self._limit)
+        by_name, below = units[:count].view(-1, self._tally.width).sum(0), self._take_peak() < self._limit
+        riding = self._riding(by_name, accuracy, below)
         if (buffers := self._buffers) is not None:
-            riding += [buffers.added_up(units[count:]), buffers.counts()]
+            changes = [buffers.added_up(units[count:]), buffers.counts()]
+            riding += changes
+            self._note_sent([torch.cat(changes)], [-1])
+        if self._checksums is not None:
+            riding.append(self._checksums.row(below))
         return riding
 
-    def _change_buffers(self) -> None:
-        """Take the sums of the buffers' changes out of those that rode with the gradients."""
-        if self._buffers is not None:
+    def end_audit(self) -> None:
+        """Let the next steps go unaudited."""
+        super().end_audit()
+        self._end_step()
+
+    def _end_step(self) -> None:
+        """Take the sums of the buffers' changes out of those that rode; of an audited step, only when that is over."""
+        if self._buffers is not None and self._checksums is None:
             self._sums, changes = self._sums.split([len(self._sums) - self._buffers.width, self._buffers.width])
             self._buffers.apply(changes)
 

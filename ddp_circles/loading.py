@@ -28,7 +28,7 @@ from ddp_circles.errors import SampleError, UserError
 from ddp_circles.explain import explain, kind_of
 from ddp_circles.job.stop import STOP_SIGNALS
 from ddp_circles.micro_batches import MicroBatch
-from ddp_circles.random_numbers import seed_generators
+from ddp_circles.random_numbers import RandomStates, seed_generators
 from ddp_circles.sharding import Sharding
 
 IDLE = -1
@@ -242,12 +242,29 @@ class Loaded:
         for step in range(first, sharding.steps):
             yield self._take({number: len(samples) for number, samples in _samples(order, sharding, step).items()})
 
+    def share(self, order: Tensor, sharding: Sharding, *, step: int, epoch: int) -> list[MicroBatch]:
+        """The micro-batches of one step and of any rank's `sharding`, which the rank reads by itself.
+
+        Raises `SampleError` for samples that cannot be read.
+        """
+        samples = _samples(order, sharding, step)
+        if not samples:
+            return []
+        states = RandomStates()
+        content = self._reader[Request(epoch, torch.cat(list(samples.values())).tolist())]
+        states.restore()
+        return self._cut(content, {number: len(found) for number, found in samples.items()})
+
     def _take(self, sizes: dict[int, int]) -> list[MicroBatch]:
         """The micro-batches of one step, with their sizes by number."""
         if not sizes:
             return []
         with self._naming_lost_workers():
             content = next(self._contents)
+        return self._cut(content, sizes)
+
+    def _cut(self, content: tuple[Any, Any] | str, sizes: dict[int, int]) -> list[MicroBatch]:
+        """The micro-batches that `content` holds one behind the other, on the device."""
         if isinstance(content, str):
             raise SampleError(content)
         content = mapped(lambda tensor: tensor.to(self._device, non_blocking=True), content)

@@ -11,16 +11,16 @@ for each epoch:
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ddp_circles.audit import Audit, Entry
 from ddp_circles.errors import OutOfRangeError, StopRequestedError
 from ddp_circles.exact import ExactReducer, SideBySideReducer
 from ddp_circles.fast import FastReducer
@@ -45,10 +45,11 @@ class Step(NamedTuple):
     """Global step, counted from 0 over the whole run."""
     weight: Tensor
     """Factor of a summed loss that makes the reducer's sum the step's mean; float32, a scalar or one for each slice."""
-    micro_batches: Iterable[tuple[Any, Any, nn.Module, AbstractContextManager[object]]]
+    micro_batches: Iterable[Entry]
     """Inputs, targets, the model to run them through and the context for it; the last sums over all ranks.
 
-    One entry for each micro-batch, or one for all of them side by side.
+    One entry for each micro-batch, or one for all of them side by side. In an audited step those of another rank come
+    first, which add nothing.
     """
 
 
@@ -98,6 +99,8 @@ class Training:
     """Seeds the generators that may be drawn from, from the place of a pass; None if there is none."""
     gradient_norm: Callable[[], Tensor] | None = None
     """The mean norm of the gradient over the steps since the last call, in units of 2^-24; int64 of shape [1]."""
+    audit: Audit | None = None
+    """None if no step is audited."""
 
     def sharding(self, samples: int, batch_size: int) -> Sharding:
         """The cut of `samples` for the ranks of this world."""
@@ -218,12 +221,20 @@ def local_steps(training: Training, progress: Progress, sharding: Sharding) -> I
     for step, pieces in enumerate(steps, first):
         number = progress.epoch * sharding.steps + step
         passes = training.reducer.passes(len(pieces))
-        micro_batches = training.seeded("train", number, pieces or [training.train_set.nothing])
-        yield Step(
-            number=number,
-            weight=weight if step < last else last_weight,
-            micro_batches=((*piece[1:], *way) for piece, way in zip(micro_batches, passes, strict=True)),
+        seeded = partial(training.seeded, "train", number)
+        micro_batches: Iterable[Entry] = (
+            (*piece[1:], *way)
+            for piece, way in zip(seeded(pieces or [training.train_set.nothing]), passes, strict=True)
         )
+        if training.audit is not None and training.audit.is_due(number):
+            share = partial(_share, training, progress.epoch, step, order, sharding)
+            micro_batches = training.audit.around(micro_batches, pieces, number, share, seeded)
+        yield Step(number=number, weight=weight if step < last else last_weight, micro_batches=micro_batches)
+
+
+def _share(training: Training, epoch: int, step: int, order: Tensor, sharding: Sharding, rank: int) -> list[MicroBatch]:
+    """The micro-batches of a step that `rank` owns."""
+    return training.train_set.share(order, replace(sharding, rank=rank), step=step, epoch=epoch)
 
 
 def _add(local: LocalTally, names: list[str], total: Tally, sums: Sums, where: str) -> None:

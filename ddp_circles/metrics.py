@@ -127,6 +127,34 @@ class Sums(NamedTuple):
     stop_requests: int
 
 
+class Arriving:
+    """Whole numbers on their way from the device to the host."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._event = None
+        if numbers.is_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._numbers = numbers
+
+    def read(self, seconds: float, waiting: AbstractContextManager[object]) -> list[int]:
+        """Read the numbers once they are there; raises `ConnectionError` after `seconds`. `waiting` is entered."""
+        if self._event is not None:
+            with waiting:
+                self._wait(self._event, seconds)
+        numbers: list[int] = self._numbers.tolist()
+        return numbers
+
+    @staticmethod
+    def _wait(event: torch.cuda.Event, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"no sum of all ranks came within {seconds:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+
 class SumsReader:
     """Reads `Sums` from the device: at once on the CPU, one agreement late on CUDA, where reading at once would wait.
 
@@ -139,16 +167,11 @@ class SumsReader:
         self._delay = delay
         self._seconds = seconds
         self._waiting = waiting
-        self._pending: deque[tuple[int, int, Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[int, int, Arriving]] = deque()
 
     def post(self, step: int, seen: int, sums: Tensor) -> None:
         """Take the whole numbers of one agreement: units by name, values out of range, stop requests."""
-        event = None
-        if sums.is_cuda:
-            sums = sums.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((step, seen, sums, event))
+        self._pending.append((step, seen, Arriving(sums)))
 
     def read(self, *, everything: bool = False) -> list[Sums]:
         """The sums that are due, oldest first; each is returned once."""
@@ -159,16 +182,6 @@ class SumsReader:
         """The sums that are not due yet; they will be returned again."""
         return [self._value(*pending) for pending in self._pending]
 
-    def _value(self, step: int, seen: int, sums: Tensor, event: torch.cuda.Event | None) -> Sums:
-        if event is not None:
-            with self._waiting:
-                self._wait(event)
-        *units, out_of_range, stop_requests = map(int, sums.tolist())
+    def _value(self, step: int, seen: int, sums: Arriving) -> Sums:
+        *units, out_of_range, stop_requests = map(int, sums.read(self._seconds, self._waiting))
         return Sums(step, seen, units, out_of_range, stop_requests)
-
-    def _wait(self, event: torch.cuda.Event) -> None:
-        deadline = time.monotonic() + self._seconds
-        while not event.query():
-            if time.monotonic() > deadline:
-                raise ConnectionError(f"no sum of all ranks came within {self._seconds:.0f} s")
-            time.sleep(POLL_SECONDS)

@@ -1,5 +1,6 @@
 """The micro-batches of each step, taken from a set of samples: one after another, or as slices side by side."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,9 @@ from ddp_circles.models import IGNORED
 from ddp_circles.sharding import Sharding
 
 ROWS = 32
+ALIGNED_ROWS = 64
+"""Blocks begin at multiples of it, so that a sample lies at the same place in a line of the cache, whatever is cut out:
+the last bits of a product may depend on where its factors begin."""
 BLOCK_ROWS = 2**20
 """Most rows, over all slices, that are put in order together; those of one step always are."""
 
@@ -39,8 +43,11 @@ class Source(Protocol):
     def steps(self, order: Tensor, sharding: Sharding, *, first: int, epoch: int) -> Iterator[list[MicroBatch]]:
         """For each step from `first` on: this rank's micro-batches, without those that hold no sample."""
 
+    def share(self, order: Tensor, sharding: Sharding, *, step: int, epoch: int) -> list[MicroBatch]:
+        """The micro-batches of one step and of any rank's `sharding`, aside from those that `steps` goes through."""
 
-class _Held:
+
+class _Held(ABC):
     """Samples that are all in memory."""
 
     in_memory = True
@@ -53,6 +60,16 @@ class _Held:
         """The number of samples."""
         return len(self._samples.inputs)
 
+    @abstractmethod
+    def steps(
+        self, order: Tensor, sharding: Sharding, *, first: int, epoch: int, stop: int | None = None
+    ) -> Iterator[list[MicroBatch]]:
+        """For each step from `first` on, before `stop`: this rank's micro-batches, without those without a sample."""
+
+    def share(self, order: Tensor, sharding: Sharding, *, step: int, epoch: int) -> list[MicroBatch]:
+        """The micro-batches of one step and of any rank's `sharding`."""
+        return next(self.steps(order, sharding, first=step, epoch=epoch, stop=step + 1))
+
 
 class OneByOne(_Held):
     """Tensors, from which each micro-batch is taken by itself."""
@@ -64,19 +81,25 @@ class OneByOne(_Held):
         *,
         first: int,
         epoch: int,  # noqa: ARG002
+        stop: int | None = None,
     ) -> Iterator[list[MicroBatch]]:
-        """For each step from `first` on: this rank's micro-batches, without those that hold no sample."""
+        """For each step from `first` on, before `stop`: this rank's micro-batches, without those without a sample."""
         inputs, targets = self._samples
-        # All samples of a micro-batch in an epoch are put in order together, and lie in one block; a step takes a part.
-        indices = {number: order[number :: sharding.micro_batches].to(inputs.device) for number in sharding.owned()}
-        blocks = {number: (inputs[index], targets[index]) for number, index in indices.items()}
-        for step in range(first, sharding.steps):
-            parts = [(number, slice(*sharding.bounds(step, number))) for number in blocks]
-            yield [
-                MicroBatch(number, blocks[number][0][part], blocks[number][1][part])
-                for number, part in parts
-                if part.start < part.stop
-            ]
+        stop = sharding.steps if stop is None else stop
+        # A micro-batch's samples of all steps are put in order together, and lie in one block; a step takes a part.
+        begins, blocks = {}, {}
+        for number in sharding.owned():
+            begin, end = sharding.bounds(first, number)[0], sharding.bounds(stop - 1, number)[1]
+            begins[number] = begin = begin // ALIGNED_ROWS * ALIGNED_ROWS
+            index = order[number :: sharding.micro_batches][begin:end].to(inputs.device)
+            blocks[number] = inputs[index], targets[index]
+        for step in range(first, stop):
+            micro_batches = []
+            for number, (block_inputs, block_targets) in blocks.items():
+                start, end = (bound - begins[number] for bound in sharding.bounds(step, number))
+                if start < end:
+                    micro_batches.append(MicroBatch(number, block_inputs[start:end], block_targets[start:end]))
+            yield micro_batches
 
 
 class Slices(_Held):
@@ -93,17 +116,19 @@ class Slices(_Held):
         *,
         first: int,
         epoch: int,  # noqa: ARG002
+        stop: int | None = None,
     ) -> Iterator[list[MicroBatch]]:
-        """For each step from `first` on: one, with this rank's micro-batches as slices, also if none holds a sample."""
+        """For each step from `first` on, before `stop`: one, which holds this rank's micro-batches, also if empty."""
         device = self._samples.inputs.device
+        stop = sharding.steps if stop is None else stop
         rows = rows_of(sharding.batch_size, sharding.micro_batches)
         slices = slices_of(sharding.micro_batches, sharding.world_size)
         order, occupied = order.to(device), len(sharding.owned())
         numbers = torch.arange(slices, device=device).view(-1, 1) * sharding.world_size + sharding.rank
         row_starts = torch.arange(rows, device=device) * sharding.micro_batches
         at_once = max(1, BLOCK_ROWS // (slices * rows))
-        for begin in range(first, sharding.steps, at_once):
-            steps = torch.arange(begin, min(begin + at_once, sharding.steps), device=device).view(-1, 1, 1)
+        for begin in range(first, stop, at_once):
+            steps = torch.arange(begin, min(begin + at_once, stop), device=device).view(-1, 1, 1)
             start = steps * sharding.batch_size
             positions = start + (numbers - start) % sharding.micro_batches + row_starts
             taken = positions < (start + sharding.batch_size).clamp(max=sharding.samples)

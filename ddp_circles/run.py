@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_circles import loop
+from ddp_circles.audit import Audit
 from ddp_circles.buffers import Buffers
 from ddp_circles.config import Config, flags_of, in_arguments, naming_arguments
 from ddp_circles.constancy import Constancy
@@ -25,9 +26,10 @@ from ddp_circles.errors import EXIT_STOPPED, StopRequestedError, UserError
 from ddp_circles.exact import ExactReducer, SideBySideReducer, Surroundings
 from ddp_circles.fast import FastReducer
 from ddp_circles.intake import Brought, Intake, on_device, share_points, take_in
-from ddp_circles.job.faults import Fault, Rehearsal
+from ddp_circles.job.faults import Fault
 from ddp_circles.job.process import be_deterministic, pin_threads, process_as_found
 from ddp_circles.job.ranks import how_to_continue, read_ranks
+from ddp_circles.job.rehearsal import Rehearsal
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.world import World, open_world, telling_others
 from ddp_circles.metrics import LocalTally, Metric, Progress
@@ -140,6 +142,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     tally = LocalTally(world.device, metrics=given.metrics, accuracy=verdict.has_accuracy, exact=exact)
     buffers = Buffers(bare, verdict.buffers) if exact and verdict.buffers else None
     reducer = _make_reducer(config, world, passes.network, tally, buffers)
+    audit = _make_audit(config, world, bare, reducer, found.state.get("audits", 0))
     seeded = verdict.draws or passes.read_in_rank or optimization.may_draw
     watched = exact and given.verdict is not None
     samples = len(passes.train_set)
@@ -147,11 +150,11 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     optimization.check_length(config.epochs * steps_per_epoch)
     recorder = Recorder(
         watch=world.watch,
-        rehearsal=Rehearsal(fault, path / "fault", passes.weights)
+        rehearsal=Rehearsal(fault, path / "fault", passes.weights, lambda: audit is not None and audit.recomputing)
         if fault and fault.rank == world.ranks.rank
         else None,
         writer=world.together(
-            lambda: _make_writer(config, world, found, bare, optimization) if world.ranks.is_main else None
+            lambda: _make_writer(config, world, found, bare, optimization, audit) if world.ranks.is_main else None
         ),
         steps_per_epoch=steps_per_epoch,
         train_seconds=found.state.get("train_seconds", 0.0),
@@ -177,6 +180,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
         evaluation_batch=passes.evaluation_batch,
         seed_generators=seed_generators if seeded else seed_torch if given.verdict else None,
         gradient_norm=optimization.mean_norm if optimization.measures_norm else None,
+        audit=audit,
     )
     begun = f"continue after step {recorder.global_step(progress)}" if found.state else "start"
     world.say(f"{begun}: {world.describe()}, run directory {path}")
@@ -185,7 +189,8 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
             loop.train(training, epochs=config.epochs, progress=progress)
             recorder.finish(
                 progress,
-                summary=_summary(config, world, found, recorder, progress, samples, passes.way),
+                summary=_summary(config, world, found, recorder, progress, samples, passes.way)
+                | {"audits": audit.count if audit is not None else found.state.get("audits", 0)},
                 draw=partial(_draw, config, bare, verdict.parts, path),
             )
     except StopRequestedError:
@@ -227,7 +232,19 @@ def _make_reducer(
     return ExactReducer(network, replica, buffers=buffers, **given)
 
 
-def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, optimization: Optimization) -> Writer:
+def _make_audit(
+    config: Config, world: World, bare: nn.Module, reducer: ExactReducer | SideBySideReducer | FastReducer, count: int
+) -> Audit | None:
+    """The audit of every so many steps, after the `count` that earlier starts have passed; None if there is none."""
+    if not config.audit_steps or isinstance(reducer, FastReducer):
+        return None
+    weights = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+    return Audit(config.audit_steps, world, reducer, weights, count)
+
+
+def _make_writer(
+    config: Config, world: World, found: Found, bare: nn.Module, optimization: Optimization, audit: Audit | None
+) -> Writer:
     """The outputs of the run, on rank 0."""
     tracking_id = found.state.get("tracking_id") or new_run_id(first=world.number == 0)
     return Writer(
@@ -256,6 +273,7 @@ def _make_writer(config: Config, world: World, found: Found, bare: nn.Module, op
             "fingerprint": found.fingerprint,
             "tracking_id": tracking_id,
             "starts": found.launches,
+            "audits": audit.count if audit is not None else found.state.get("audits", 0),
         },
     )
 

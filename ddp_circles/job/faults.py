@@ -1,6 +1,6 @@
-"""Faults on request, to rehearse what a cluster does to a run: `KIND@RANK:STEP` in a training, `KIND@RANK` in verify.
+"""Faults on request, to rehearse what a cluster does to a run, in a training and in verify alike.
 
-Imports no torch by itself.
+Imports no torch.
 """
 
 import os
@@ -9,16 +9,16 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from ddp_circles.errors import UserError, naming
+from ddp_circles.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-KINDS = ("kill", "raise", "stall", "nan")
-"""Faults of a training; `ddp_circles.verify` rehearses `kill`, `stall` and others of its own."""
+KINDS = ("kill", "raise", "stall", "nan", "flip", "warp")
+"""Faults of a training; `ddp_circles.verify` rehearses some of them and others of its own."""
+SPOILING = ("nan", "flip", "warp")
+"""Those that spoil a gradient."""
+CORRUPTING = ("flip", "warp")
+"""Those that nobody sees: the gradient stays finite. They can last."""
 
 
 class InjectedFaultError(RuntimeError):
@@ -33,43 +33,29 @@ class Fault:
     rank: int
     step: int | None = None
     """Global step of a training; None in verify, where the seed chooses the place."""
+    lasting: bool = False
+    """True if it happens in each step from `step` on, in the same way."""
 
     @classmethod
     def parse(
         cls, text: str, flag: str = "--fault", form: str = "KIND@RANK:STEP", kinds: Sequence[str] = KINDS
     ) -> "Fault":
-        """Read `text`, which must have the `form` of `flag`; raises `UserError` for anything else."""
-        match = re.fullmatch(r"(\w+)@(\d+)" + (r":(\d+)" if form.endswith(":STEP") else ""), text)
-        if match is None or match[1] not in kinds:
-            raise UserError(f"{flag} must be {form} with KIND one of {', '.join(kinds)}, got {text!r}")
-        return cls(match[1], *map(int, match.groups()[1:]))
+        """Read `text`, which must have the `form` of `flag`; raises `UserError` for anything else.
 
+        Corrupting kinds may have a step in any form, and a + behind it if they last.
+        """
+        match = re.fullmatch(r"(\w+)@(\d+)(?::(\d+)(\+)?)?", text)
+        kind, rank, step, lasting = match.groups() if match else ("", "0", None, None)
+        corrupting = kind in CORRUPTING
+        has_step = form.endswith(":STEP") or (corrupting and step is not None)
+        if kind not in kinds or (step is not None) != has_step or (lasting and not corrupting):
+            more = f"{'' if form.endswith(':STEP') else ':STEP or '}:STEP+ behind {' and '.join(CORRUPTING)}"
+            raise UserError(f"{flag} must be {form} with KIND one of {', '.join(kinds)}, or {more}, got {text!r}")
+        return cls(kind, int(rank), None if step is None else int(step), lasting is not None)
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """Makes `fault` happen in a training on this rank, once per run directory."""
-
-    fault: Fault
-    marker: Path
-    """The file in the run directory that remembers that it happened."""
-    weights: "Tensor"
-    """Some of the weights, whose gradient a fault can spoil."""
-
-    def reach(self, step: int) -> None:
-        """Let the fault happen if `step` is its step and it has not happened yet."""
-        if step != self.fault.step:
-            return
-        with naming(self.marker):
-            if self.marker.exists():
-                return
-            with self.marker.open("x") as file:
-                os.fsync(file.fileno())
-        if self.fault.kind == "raise":
-            raise InjectedFaultError(f"--fault asked for this in step {step}")
-        if self.fault.kind == "nan":
-            spoil_next_gradient(self.weights)
-        else:
-            strike(self.fault.kind)
+    def __str__(self) -> str:
+        step = "" if self.step is None else f":{self.step}"
+        return f"{self.kind}@{self.rank}{step}{'+' * self.lasting}"
 
 
 def strike(kind: str) -> NoReturn:
@@ -78,15 +64,3 @@ def strike(kind: str) -> NoReturn:
         os.kill(os.getpid(), signal.SIGKILL)
     while True:
         time.sleep(3600)
-
-
-def spoil_next_gradient(weights: "Tensor") -> None:
-    """Make one element of the next gradient of `weights` not a number."""
-
-    def spoil(gradient: "Tensor") -> "Tensor":
-        handle.remove()
-        spoiled = gradient.clone()
-        spoiled.view(-1)[0] = float("nan")
-        return spoiled
-
-    handle = weights.register_hook(spoil)

@@ -33,6 +33,11 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """The name of the GPU's model, or of the CPU's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
 def cpu_name() -> str:
     """The CPU's name, vendor, family and model, as far as the system tells; else its architecture."""
     try:

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import Store
 
 from ddp_circles.errors import (
     FileError,
+    HardwareError,
     OutOfRangeError,
     RunDirTakenError,
     SampleError,
@@ -351,7 +352,7 @@ def telling_others(ranks: Ranks, watch: Watch, spell: Callable[[str], str] = str
         yield
     except (UserError, StopRequestedError):
         raise
-    except (OutOfRangeError, RunDirTakenError, FileError, SampleError) as error:
+    except (HardwareError, OutOfRangeError, RunDirTakenError, FileError, SampleError) as error:
         watch.say(spell(str(error)))
         watch.last_words(f"raised {type(error).__name__}")
         raise SystemExit(1) from None

@@ -19,7 +19,7 @@ KEEP = 3
 NAMED = 3
 """Checkpoints passed over that are named one by one."""
 DAMAGED = "its checksum does not match: it is cut short or damaged"
-VERSION = 3
+VERSION = 4
 """Raise it when a field of `FORM` changes or means something else, or when the same settings come to other bits.
 
 Checkpoints of other versions are refused.
@@ -32,6 +32,7 @@ FORM: dict[str, Any] = {
     "fingerprint": {str: str},
     "tracking_id": str,
     "starts": [str],
+    "audits": int,
     "epoch": int,
     "step": int,
     "global_step": int,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ddp_circles.constancy import Constancy
 from ddp_circles.errors import FileError, RunDirTakenError, StopRequestedError
-from ddp_circles.job.faults import Rehearsal
+from ddp_circles.job.rehearsal import Rehearsal
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import Watch
 from ddp_circles.metrics import Progress, Tally

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddp_circles.job.rehearsal import INTEGERS
 from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World, is_lost_peer
-from ddp_circles.verify.injection import INTEGERS, Mark, Tamper
+from ddp_circles.verify.injection import Mark, Tamper
 
 DTYPES = {"int64": torch.int64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LIMITS = {"int64": 2**62, "float32": 2**24, "bfloat16": 2**8}

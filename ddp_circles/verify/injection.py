@@ -4,17 +4,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ddp_circles.fixed_point import GRADIENT_BITS, quantize
-from ddp_circles.job.faults import strike
+from ddp_circles.job.faults import CORRUPTING, Fault, strike
+from ddp_circles.job.rehearsal import spoil_gradients, spoil_next_gradient
 
 PHASES = ("collectives", "speed", "alone", "together")
 """A rank is killed or stalls in one of the first `STEPS` steps of one of these."""
 STEPS = 4
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integer type of each size, to get at a number's bits."""
 
 Mark = Callable[[str, int], None]
 """Notes that this rank has reached a step of a phase."""
@@ -31,10 +28,11 @@ class Tamper:
 
 
 class Trouble:
-    """The fault of `kind` on this rank, at places that `seed` chooses; None: no fault on this rank."""
+    """The `fault` on this rank, at places that `seed` chooses; None: no fault on this rank."""
 
-    def __init__(self, kind: str | None, seed: int) -> None:
-        self._kind = kind
+    def __init__(self, fault: Fault | None, seed: int) -> None:
+        self._fault = fault
+        self._kind = fault.kind if fault is not None else None
         self._seed = seed
 
     def _choices(self, about: str) -> random.Random:
@@ -60,28 +58,17 @@ class Trouble:
         case = choices.randrange(len(sizes))
         return Tamper(case, choices.random() < 0.5, int(choices.random() * sizes[case]))
 
-    def flip(self, run: str, step: int, steps: int, model: nn.Module) -> None:
-        """Flip a bit in this step of the training `run`, if it is the one, of `steps`, for it."""
-        if self._kind == "flip":
-            choices = self._choices(f"run {run}")
-            if step == choices.randrange(steps):
-                flip_once(model, choices)
+    def corrupt(self, run: str, step: int, steps: int, model: nn.Module) -> None:
+        """Spoil a gradient in this step of the training `run`, if it is the one, of `steps`, for it.
 
-
-def flip_once(model: nn.Module, choices: random.Random) -> None:
-    """Flip one bit in the next gradient of one of the model's parameters: in its largest element, where it matters."""
-    parameter = choices.choice(list(model.parameters()))
-    first_bit = choices.randrange(32)
-
-    def flip(gradient: Tensor) -> Tensor:
-        handle.remove()
-        flipped = gradient.clone(memory_format=torch.contiguous_format)
-        element = flipped.view(-1)[flipped.abs().argmax() :][:1]
-        before, right = quantize(element, GRADIENT_BITS), element.view(torch.int32).clone()
-        for bit in range(first_bit, first_bit + 32):
-            element.view(torch.int32).copy_(right ^ torch.tensor(1 << bit % 32).to(torch.int32))
-            if not torch.equal(quantize(element, GRADIENT_BITS), before):
-                break
-        return flipped
-
-    handle = parameter.register_hook(flip)
+        A lasting fault spoils all gradients from its step on, alike in each run.
+        """
+        if (fault := self._fault) is None or fault.kind not in CORRUPTING:
+            return
+        choices = self._choices("model" if fault.lasting else f"run {run}")
+        if step == (choices.randrange(steps) if fault.step is None else fault.step):
+            weights, place = choices.choice(list(model.parameters())), str(choices.random())
+            if fault.lasting:
+                spoil_gradients(weights, fault.kind, place)
+            else:
+                spoil_next_gradient(weights, fault.kind, place, lambda: False)

@@ -188,7 +188,7 @@ class Witness:
     def __init__(self, model: nn.Module, run: str, seed: int, trouble: Trouble, mark: Mark) -> None:
         self._model = model
         self._mark: Callable[[int], None] = partial(mark, run)
-        self._flip = partial(trouble.flip, f"{run} {seed}")
+        self._corrupt = partial(trouble.corrupt, f"{run} {seed}")
         self._parameters = list(model.parameters())
         self._zero = torch.zeros((), dtype=torch.int64, device=self._parameters[0].device)
         self._passing: list[Tensor] = []
@@ -202,8 +202,8 @@ class Witness:
         """Note what the step before left in the gradients."""
         self.close_step()
         self._mark(step)
-        self._flip(step, STEPS, self._model)
-        # behind the hook of a flip, so that it sees what the flip left
+        self._corrupt(step, STEPS, self._model)
+        # behind the hook of a fault, so that it sees what the fault left
         self._hooks = [parameter.register_hook(self._note) for parameter in self._parameters]
 
     def _note(self, gradient: Tensor) -> None:

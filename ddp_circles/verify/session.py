@@ -47,7 +47,9 @@ def verify(settings: Settings, ranks: Ranks) -> int:
     fault, last = settings.fault(), ranks.world_size - 1
     if fault is not None and fault.rank > last:
         raise UserError(f"--inject names rank {fault.rank}, and the last rank of this world is {last}")
-    trouble = Trouble(fault.kind if fault is not None and fault.rank == ranks.rank else None, settings.seed)
+    if fault is not None and (fault.step or 0) >= oracle.STEPS:
+        raise UserError(f"--inject names step {fault.step}, and the last step of a training is {oracle.STEPS - 1}")
+    trouble = Trouble(fault if fault is not None and fault.rank == ranks.rank else None, settings.seed)
     device, backend, timeout = settings.device, settings.backend, settings.timeout
     try:
         with open_world(ranks, device, backend, timeout, flags_of(settings)) as world:

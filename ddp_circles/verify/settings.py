@@ -9,7 +9,7 @@ from ddp_circles.config import LONGEST_TIMEOUT, MOST_THREADS
 from ddp_circles.errors import UserError
 from ddp_circles.job.faults import Fault
 
-FAULTS = ("flip", "slow", "wrong", "kill", "stall")
+FAULTS = ("flip", "warp", "slow", "wrong", "kill", "stall")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class Settings:
     timeout: float = 120.0
     """Seconds within which all ranks have ended once one of them is gone or silent; 20 or more."""
     inject: str | None = None
-    """Rehearse a fault, as KIND@RANK: flip a bit of a gradient, slow, wrong element in a collective, kill, stall."""
+    """Rehearse a fault, as KIND@RANK: flip a bit of a gradient, warp some elements of one, slow, wrong element in a
+    collective, kill, stall; flip and warp also as KIND@RANK:STEP, or :STEP+ from there on."""
     out: Path = Path("verify.json")
     """File for all figures, written by rank 0."""
 

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from ddp_circles.errors import EXIT_STOPPED
-from ddp_circles.job.faults import InjectedFaultError, Rehearsal
+from ddp_circles.job.faults import InjectedFaultError
+from ddp_circles.job.rehearsal import Rehearsal
 from ddp_circles.records import files
 from ddp_circles.records.metrics_file import MetricsFile
 from tests.harness.disk import (

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_circles import loop
 from ddp_circles.job import refusal
+from ddp_circles.job.faults import Fault
 from ddp_circles.models import loss_sum
 from ddp_circles.verify import oracle, session, speed
 from ddp_circles.verify.__main__ import main
@@ -431,7 +432,7 @@ def verify_with_a_patient_victim(victim: int, *flags: object) -> None:
 def seed_for(kind: str, *place: object) -> int:
     """A seed with which a fault of this kind strikes at `place`, a phase and a step of it."""
     for seed in itertools.count():
-        choices = Trouble(kind, seed)._choices("place")
+        choices = Trouble(Fault(kind, 0), seed)._choices("place")
         if (choices.choice(PHASES), choices.randrange(STEPS)) == place:
             return seed
     raise AssertionError

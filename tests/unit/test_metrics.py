@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddp_circles.metrics import LocalTally, Sums, SumsReader, Tally
+from ddp_circles.metrics import Arriving, LocalTally, Sums, SumsReader, Tally
 
 CPU = torch.device("cpu")
 UNITS = 2**24
@@ -181,10 +181,16 @@ class Event:
         return self.times < 0
 
 
+def arriving(step: int, event: Event) -> Arriving:
+    numbers = Arriving(device_sums(step))
+    numbers._event = cast(torch.cuda.Event, event)
+    return numbers
+
+
 def test_the_wait_for_a_sum_is_bounded() -> None:
     reader = SumsReader(delay=0, seconds=0.2, waiting=nullcontext())
-    reader._pending.append((3, 256, device_sums(3), cast(torch.cuda.Event, Event(times=100))))
+    reader._pending.append((3, 256, arriving(3, Event(times=100))))
     assert reader.read() == [expected_sums(3)]
-    reader._pending.append((4, 320, device_sums(4), cast(torch.cuda.Event, Event(times=math.inf))))
+    reader._pending.append((4, 320, arriving(4, Event(times=math.inf))))
     with pytest.raises(ConnectionError, match="no sum of all ranks came within"):
         reader.read()

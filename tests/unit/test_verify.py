@@ -1,7 +1,6 @@
 """The parts of `ddp_circles.verify` by themselves: patterns, whose fault it is, what is slow, what the report says."""
 
 import json
-import random
 import threading
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,13 +14,15 @@ from torch._C._distributed_c10d import HashStore
 
 from ddp_circles.errors import UserError
 from ddp_circles.fixed_point import GRADIENT_BITS, quantize
+from ddp_circles.job.faults import Fault
 from ddp_circles.job.ranks import spell_ranks
+from ddp_circles.job.rehearsal import INTEGERS, NEIGHBOURS, spoil, spoil_next_gradient
 from ddp_circles.models import loss_sum
 from ddp_circles.verify import collectives, oracle, speed, verdict
 from ddp_circles.verify.board import Board
 from ddp_circles.verify.collectives import Case, Wrong
 from ddp_circles.verify.findings import Finding, failed, merged, worst_first
-from ddp_circles.verify.injection import INTEGERS, Trouble, flip_once
+from ddp_circles.verify.injection import Trouble
 from ddp_circles.verify.inventory import Inventory, ranks_by
 from ddp_circles.verify.oracle import Run, Together
 from ddp_circles.verify.report import Report
@@ -309,36 +310,64 @@ def test_points_are_exact_and_every_rank_has_a_share() -> None:
         assert 0.2 < classes.mean().item() < 0.6
 
 
-def test_a_flip_changes_one_bit_that_matters() -> None:
-    for seed in range(12):
-        model = oracle.make_model(oracle.choose_workload(1, on_cuda=False), seed)
-        points, classes = oracle.make_points(oracle.choose_workload(1, on_cuda=False), seed)[1]
-        gradients: list[list[torch.Tensor]] = []
-        trouble = Trouble("flip", seed)
-        for flips in (False, True):
-            model.zero_grad()
-            for step in range(oracle.STEPS if flips else 0):
-                trouble.flip("alone", step, oracle.STEPS, model)
-            loss_sum(model(points), classes).backward()
-            gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-        changes = [
-            (was.view(torch.int32) ^ now.view(torch.int32))[was.view(torch.int32) != now.view(torch.int32)].tolist()
-            for was, now in zip(*gradients, strict=True)
-        ]
-        ((change,),) = [found for found in changes if found]
+def changed_gradients(fault: Fault | None, seed: int, run: str) -> list[torch.Tensor]:
+    """The gradients of all parameters after each step of the oracle has had its chance to be spoiled."""
+    workload = oracle.choose_workload(1, on_cuda=False)
+    model = oracle.make_model(workload, seed)
+    points, classes = oracle.make_points(workload, seed)[1]
+    trouble = Trouble(fault, seed)
+    for step in range(oracle.STEPS):
+        trouble.corrupt(run, step, oracle.STEPS, model)
+    loss_sum(model(points), classes).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("place", [None, 5])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_flip_changes_one_bit_that_matters(place: int | None, lasting: bool) -> None:
+    fault = Fault("flip", 0, place, lasting)
+    for seed in range(8):
+        right, wrong, later = (
+            changed_gradients(fault if faulty else None, seed, run)
+            for faulty, run in ((False, "alone"), (True, "alone"), (True, "alone again"))
+        )
+        differences = [(was.view(torch.int32) ^ now.view(torch.int32)) for was, now in zip(right, wrong, strict=True)]
+        ((change,),) = [found[found != 0].tolist() for found in differences if found.any()]
         assert (change % 2**32).bit_count() == 1
         assert any(
             not torch.equal(quantize(was, GRADIENT_BITS), quantize(now, GRADIENT_BITS))
-            for was, now in zip(*gradients, strict=True)
+            for was, now in zip(right, wrong, strict=True)
         )
+        pairs = zip(wrong, later, strict=True)
+        assert not lasting or all(torch.equal(one.view(torch.int32), two.view(torch.int32)) for one, two in pairs)
 
 
-def test_a_flip_of_nothing_is_seen_too() -> None:
-    weight = torch.nn.Linear(2, 1, bias=False)
-    flip_once(weight, random.Random(0))
-    weight(torch.zeros(1, 2)).sum().backward()
-    assert weight.weight.grad is not None
-    assert quantize(weight.weight.grad, GRADIENT_BITS).any()
+def test_a_warp_moves_neighbours_a_little() -> None:
+    gradient = torch.randn(50, 7, generator=torch.Generator().manual_seed(1)) * 1e-3
+    moved = (spoil(gradient, "warp", "") - gradient).view(-1)
+    (places,) = moved.nonzero(as_tuple=True)
+    assert len(places) == NEIGHBOURS
+    assert places[-1] - places[0] == NEIGHBOURS - 1
+    assert moved.abs().max() < 2.0**-11 * gradient.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["flip", "warp"])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (8, 3, 16), (40,)])
+def test_a_fault_in_nothing_is_seen_too(kind: str, shape: tuple[int, ...]) -> None:
+    for place in range(20):
+        spoiled = spoil(torch.zeros(shape), kind, str(place))
+        assert spoiled.shape == shape
+        assert (quantize(spoiled, GRADIENT_BITS) != 0).view(-1)[:: max(1, (shape or (1,))[-1])].any()
+
+
+def test_a_gradient_can_be_passed_over() -> None:
+    weight, passed_over = torch.zeros(3, requires_grad=True), True
+    spoil_next_gradient(weight, "nan", "", lambda: passed_over)
+    for number in range(3):
+        weight.grad, passed_over = None, number == 0
+        weight.sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all().item() == (number != 1)
 
 
 # ---- inventory
@@ -449,7 +478,10 @@ def test_a_setting_out_of_range_is_refused_by_its_flag(flag: str, value: float) 
         Settings(**{flag: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["", "flip", "flip@", "flip@x", "melt@1", "flip@-1", "flip@1:2"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "flip", "flip@", "flip@x", "melt@1", "flip@-1", "kill@1:2", "slow@1:2+", "flip@1:", "flip@1+", "flip@1:2-"],
+)
 def test_an_injection_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--inject must be KIND@RANK"):
         Settings(inject=text)
@@ -457,17 +489,17 @@ def test_an_injection_that_cannot_be_read_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_trouble_is_of_one_kind_and_the_same_each_time(kind: str) -> None:
-    places = [Trouble(kind, 5).tamper([10, 1, 7], 3) for _ in range(2)]
+    places = [Trouble(Fault(kind, 0), 5).tamper([10, 1, 7], 3) for _ in range(2)]
     assert places[0] == places[1]
     assert (places[0] is not None) == (kind == "wrong")
-    assert Trouble(kind, 5).work == (3 if kind == "slow" else 1)
-    for of in (Trouble(None, 5), Trouble("wrong", 5)):
+    assert Trouble(Fault(kind, 0), 5).work == (3 if kind == "slow" else 1)
+    for of in (Trouble(None, 5), Trouble(Fault("wrong", 0), 5)):
         of.reach("collectives", 0)  # and live
 
 
 @given(st.lists(st.integers(1, 9), min_size=1), st.integers(0, 2**32 - 1))
 def test_what_is_tampered_with_is_an_element_of_a_collective(sizes: list[int], seed: int) -> None:
-    tamper = Trouble("wrong", seed).tamper(sizes, seed)
+    tamper = Trouble(Fault("wrong", 0), seed).tamper(sizes, seed)
     assert tamper is not None
     assert 0 <= tamper.offset < sizes[tamper.case]
 
