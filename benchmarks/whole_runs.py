@@ -3,6 +3,7 @@
 ranks: wide layers and large batches, two ranks against one.
 batches: the batch size from which a second rank speeds up the default network.
 micro_batches: the default run by the number of micro-batches, on one rank and on two.
+audits: the default run by the steps from one audit to the next, on one rank and on two.
 samples: memory and time per epoch for 10^4 to 10^8 points on two ranks.
 records: the cost of tracking, checkpoints and progress lines with the default settings.
 start: start-up, up to the end of the first optimizer step, against a bare script.
@@ -190,6 +191,23 @@ def measure_micro_batches(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"results": results}
 
 
+# ---- audits
+
+
+def measure_audits(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time the training of the default run without audits and with them, without start-up."""
+    results = {}
+    for ranks in (1, 2):
+        flags = (*QUIET, "--epochs=300")
+        variants = {
+            every: partial(_training_seconds, ranks, *flags, f"--audit-steps={every}") for every in ("0", "100", "1")
+        }
+        seconds = alternate(arguments.rounds, variants)
+        over_none = {every: asdict(ratio(seconds, every, "0")) for every in variants}
+        results[str(ranks)] = {"seconds": seconds, "seconds_over_those_without": over_none}
+    return {"results": results}
+
+
 # ---- more samples
 
 
@@ -316,6 +334,7 @@ MEASUREMENTS = {
     "ranks": measure_ranks,
     "batches": measure_batches,
     "micro_batches": measure_micro_batches,
+    "audits": measure_audits,
     "samples": measure_samples,
     "records": measure_records,
     "start": measure_start,

@@ -33,6 +33,13 @@ Share = Callable[[int], list[MicroBatch]]
 Seeded = Callable[[Iterable[MicroBatch]], Iterator[MicroBatch]]
 """Seeds the generators before each micro-batch."""
 
+ENDINGS = (
+    "twice, with different bits",
+    "unlike the others, and like them when asked again: the fault passes",
+    "unlike the others, when asked again too: the fault lasts",
+)
+"""What a rank at fault did with its micro-batches."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -127,8 +134,8 @@ class Audit:
 
     def _weights(self) -> Tensor:
         """The checksum of the weights, of shape [1]."""
-        sums = torch.stack([checksum(one.detach().flatten().view(torch.int32)) for one in self.parameters])
-        return checksum(sums).view(1)
+        weights = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        return checksum(weights.view(torch.int32)).view(1)
 
     def _recomputed(self, pieces: list[MicroBatch], seeded: Seeded) -> Iterator[Entry]:
         """The `pieces` of another rank, with the pass that leaves nothing but their checksums."""
@@ -182,7 +189,7 @@ def judge(published: Published, third: Sequence[Sequence[int]]) -> dict[int, str
     At fault is who departs from the majority of the last answers, or where there is none, from itself.
     """
     wrong: dict[int, list[int]] = {}
-    lasting = set()
+    endings: dict[int, int] = {}
     for number, answers in zip(published.disputed, zip(*third, strict=True), strict=True):
         usual = majority(answers)
         owner = number % len(third)
@@ -191,14 +198,9 @@ def judge(published: Published, third: Sequence[Sequence[int]]) -> dict[int, str
             right = answer if usual is None else usual
             if any(found != right for found in (answer, *(found for by, found in first if by == rank))):
                 wrong.setdefault(rank, []).append(number)
-                lasting |= {rank} if answer != right else set()
-    if len(third) == 1:
-        return {0: f"computed {_spell(wrong[0])} twice, with different bits"}
-    return {
-        rank: f"computed other bits of {_spell(numbers)} than the others"
-        + (", and did so again: it lasts" if rank in lasting else ", and the right ones when asked again: it passes")
-        for rank, numbers in wrong.items()
-    }
+                ending = 0 if usual is None or len(third) == 1 else 1 + (answer != right)
+                endings[rank] = max(ending, endings.get(rank, 0))
+    return {rank: f"computed {_spell(numbers)} {ENDINGS[endings[rank]]}" for rank, numbers in wrong.items()}
 
 
 def majority(values: Sequence[int]) -> int | None:

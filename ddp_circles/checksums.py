@@ -1,6 +1,7 @@
 """Checksums of whole numbers that add up as the numbers do, and what a rank publishes of them in an audited step."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,12 +17,17 @@ def checksum(rows: Tensor, first: int = 0) -> Tensor:
     Each number counts times an odd one that its place chooses, so that no change of a single number goes unseen, and
     hardly one of several. The checksums of several rows add up to that of their sum. `first`: the first number's place.
     """
-    total = rows.new_zeros(rows.shape[:-1], dtype=torch.int64)
-    for start in range(0, rows.shape[-1], BLOCK):
-        part = rows[..., start : start + BLOCK]
-        places = torch.arange(first + start, first + start + part.shape[-1], device=rows.device)
-        total += (part * mixed(places).bitwise_or_(1)).sum(-1)
-    return total
+    if rows.shape[-1] <= BLOCK:
+        return (rows * _factors(first, rows.shape[-1], rows.device)).sum(-1)
+    parts = rows.split(BLOCK, dim=-1)
+    sums = [checksum(part, first + BLOCK * number) for number, part in enumerate(parts)]
+    return torch.stack(sums).sum(0)
+
+
+@lru_cache(maxsize=4)
+def _factors(first: int, count: int, device: torch.device) -> Tensor:
+    """The odd numbers of `count` places from `first` on."""
+    return mixed(torch.arange(first, first + count, device=device)) | 1
 
 
 def mixed(index: Tensor, salt: int = 0) -> Tensor:

@@ -223,7 +223,7 @@ def test_a_lasting_fault_is_named_by_three_ranks_and_by_nobody_among_two(tmp_pat
                 assert codes == [1] * size
                 for rank, output in enumerate(outputs):
                     assert accused(output, rank, 8) == expected, output
-                assert ("it lasts" in outputs[0]) == (size == 3)
+                assert ("the fault lasts" in outputs[0]) == (size == 3)
                 assert outputs[0].count("(host ") == (1 if size == 3 else 2)  # both are told where they are
 
 
