@@ -178,8 +178,9 @@ class Audit:
         if not told:
             told = f"{dispute}, and nobody can say which of them is wrong: {'; '.join(names)}"
         raise HardwareError(
-            f"audit of step {step}: {told}. This is a fault of hardware; the step was not applied. Take the device out "
-            "of the job, or check it with python -m ddp_circles.verify; the run goes on from its last checkpoint"
+            f"audit of step {step}: {told}. This is a fault of hardware, or of a model whose results depend on more "
+            "than its inputs; the step was not applied. Take the device out of the job, or check it with "
+            "python -m ddp_circles.verify; the run goes on from its last checkpoint"
         )
 
 

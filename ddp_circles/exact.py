@@ -297,9 +297,9 @@ class ExactReducer(_IntegerSums):
             self._buffers.counts()
 
     def _checksum_of(self, gradients: list[Tensor]) -> Tensor:
-        """The checksum of the integers that the last micro-batch adds to gradients and buffers; of shape [1]."""
+        """The checksum of the integers that the last micro-batch adds to all sums but the accuracy's; of shape [1]."""
         changes, counts = self._buffers.latest() if self._buffers is not None else ([], [])
-        row = _flatten_dense_tensors([*gradients, *(change * BUFFER_SCALE for change in changes)])
+        row = _flatten_dense_tensors([*gradients, *_scaled(self._tally.latest(), changes)])
         below = torch.linalg.vector_norm(row, torch.inf) < self._limit
         return checksum(torch.cat([quantize(row, GRADIENT_BITS), *counts])).where(below, OUT_OF_RANGE)
 
@@ -391,18 +391,16 @@ class ExactReducer(_IntegerSums):
 
     def _to_round(self, values: Tensor) -> list[Tensor]:
         """What is rounded beside the gradients at the end of a step: losses and metrics, and changes of buffers."""
-        changes = [] if self._buffers is None else self._buffers.changes()
-        return [values * LOSS_SCALE, *(change * BUFFER_SCALE for change in changes)]
+        return _scaled(values, [] if self._buffers is None else self._buffers.changes())
 
     def _all_riding(self, units: Tensor, count: int, accuracy: Tensor) -> list[Tensor]:
         """The integers that ride with the gradients, from the units of `_to_round`, of which `count` are of values."""
         by_name, below = units[:count].view(-1, self._tally.width).sum(0), self._take_peak() < self._limit
-        riding = self._riding(by_name, accuracy, below)
-        if (buffers := self._buffers) is not None:
-            changes = [buffers.added_up(units[count:]), buffers.counts()]
-            riding += changes
-            self._note_sent([torch.cat(changes)], [-1])
+        buffers = self._buffers
+        changes = [] if buffers is None else [buffers.added_up(units[count:]), buffers.counts()]
+        riding = [*self._riding(by_name, accuracy, below), *changes]
         if self._checksums is not None:
+            self._note_sent([torch.cat([by_name, *changes])], [-1])
             riding.append(self._checksums.row(below))
         return riding
 
@@ -416,6 +414,11 @@ class ExactReducer(_IntegerSums):
         if self._buffers is not None and self._checksums is None:
             self._sums, changes = self._sums.split([len(self._sums) - self._buffers.width, self._buffers.width])
             self._buffers.apply(changes)
+
+
+def _scaled(values: Tensor, changes: list[Tensor]) -> list[Tensor]:
+    """Losses and metrics, and changes of buffers, in the unit of gradients."""
+    return [values * LOSS_SCALE, *(change * BUFFER_SCALE for change in changes)]
 
 
 def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:

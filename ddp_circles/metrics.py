@@ -79,6 +79,10 @@ class LocalTally:
             self._logits.append(logits)
             self._targets.append(targets)
 
+    def latest(self) -> Tensor:
+        """The last micro-batch's summed loss and metrics, which are not taken; float32 of shape [width]."""
+        return torch.stack(self._values[-self.width :]).float()
+
     def take_apart(self) -> tuple[Tensor, Tensor]:
         """Each micro-batch's summed loss and metrics, float32 of shape [micro-batches * width]; units of accuracy.
 

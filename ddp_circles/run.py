@@ -27,6 +27,7 @@ from ddp_circles.exact import ExactReducer, SideBySideReducer, Surroundings
 from ddp_circles.fast import FastReducer
 from ddp_circles.intake import Brought, Intake, on_device, share_points, take_in
 from ddp_circles.job.faults import Fault
+from ddp_circles.job.fingerprint import COMPUTATION
 from ddp_circles.job.process import be_deterministic, pin_threads, process_as_found
 from ddp_circles.job.ranks import how_to_continue, read_ranks
 from ddp_circles.job.rehearsal import Rehearsal
@@ -142,7 +143,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     tally = LocalTally(world.device, metrics=given.metrics, accuracy=verdict.has_accuracy, exact=exact)
     buffers = Buffers(bare, verdict.buffers) if exact and verdict.buffers else None
     reducer = _make_reducer(config, world, passes.network, tally, buffers)
-    audit = _make_audit(config, world, bare, reducer, found.state.get("audits", 0))
+    audit = _make_audit(config, world, found, bare, reducer)
     seeded = verdict.draws or passes.read_in_rank or optimization.may_draw
     watched = exact and given.verdict is not None
     samples = len(passes.train_set)
@@ -233,13 +234,23 @@ def _make_reducer(
 
 
 def _make_audit(
-    config: Config, world: World, bare: nn.Module, reducer: ExactReducer | SideBySideReducer | FastReducer, count: int
+    config: Config,
+    world: World,
+    found: Found,
+    bare: nn.Module,
+    reducer: ExactReducer | SideBySideReducer | FastReducer,
 ) -> Audit | None:
-    """The audit of every so many steps, after the `count` that earlier starts have passed; None if there is none."""
+    """The audit of every so many steps, if there is one; raises `UserError` if the ranks are not of one kind."""
     if not config.audit_steps or isinstance(reducer, FastReducer):
         return None
+    kinds = world.gather({name: value for name, value in found.fingerprint.items() if name != COMPUTATION})
+    if odd := [name for name in kinds[0] if len({kind[name] for kind in kinds}) > 1]:
+        raise UserError(
+            f"--audit-steps compares ranks of one kind, and these differ in {', '.join(odd)}: train on machines that "
+            "are alike, or leave it out"
+        )
     weights = [parameter for parameter in bare.parameters() if parameter.requires_grad]
-    return Audit(config.audit_steps, world, reducer, weights, count)
+    return Audit(config.audit_steps, world, reducer, weights, found.state.get("audits", 0))
 
 
 def _make_writer(

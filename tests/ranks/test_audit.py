@@ -4,6 +4,7 @@ The long form, with 50 tries for each kind of fault and 200 clean runs: `bash la
 """
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch.optim import Adam
 
 from ddp_circles import Config, Dataset, Split, fit
 from tests.harness.ranks import Job, Outcome
-from tests.harness.runs import Bits, bits, checkpoint_steps, finish, run, status
+from tests.harness.runs import QUIET, Bits, bits, checkpoint_steps, finish, run, status, train_hastily
 
 SETTINGS: dict[str, Any] = {
     "n_samples": 125,
@@ -232,8 +233,9 @@ def test_one_rank_does_not_see_a_fault_that_repeats_to_the_bit(tmp_path: Path) -
     assert codes == [0]
 
 
-def test_a_rank_that_owns_nothing_must_add_nothing(tmp_path: Path) -> None:
-    flags = (*FLAGS, "--hidden", "300", "300", "--micro-batches=2", "--audit-steps=1")
+@pytest.mark.parametrize("hidden", ["10", "300"])
+def test_a_rank_that_owns_nothing_must_add_nothing(hidden: str, tmp_path: Path) -> None:
+    flags = (*FLAGS, "--hidden", hidden, hidden, "--micro-batches=2", "--audit-steps=1")
     for outcome in run(3, tmp_path, *flags, "--fault=flip@2:3"):
         assert outcome.code == 1
         assert accused(outcome.output, outcome.rank, 3) == [2]
@@ -286,6 +288,49 @@ def test_after_a_finding_the_run_goes_on_from_its_checkpoint_and_counts_its_audi
     assert finish(2, tmp_path / "run", *audited, "--fault=flip@1:10") == clean
     for name in ("clean", "run"):
         assert json.loads((tmp_path / name / "summary.json").read_text())["audits"] == -(-STEPS // 2)
+
+
+def train_with_a_large_loss(folder: Path) -> None:
+    """Train with a loss that, after three steps, one sample puts beyond the range; its gradients stay small."""
+    original, steps = Adam.step, 0
+
+    def step(optimizer: Adam) -> Any:
+        nonlocal steps
+        steps += 1
+        original(optimizer)
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return ((logits - targets) ** 2).sum() + (targets > 1).sum() * (1e20 if steps > 2 else 0.0)
+
+    targets = TARGETS.clone()
+    targets[7] = 1.5
+    data = Split(Dataset(INPUTS[:100], targets[:100]), Dataset(INPUTS[100:], TARGETS[100:]))
+    with patch.object(Adam, "step", step):
+        fit(Config(run_dir=folder, audit_steps=1, **SETTINGS | LARGER), model=own_model(), data=data, loss=loss)
+
+
+def test_a_loss_beyond_the_range_is_no_fault_of_the_hardware(tmp_path: Path) -> None:
+    with Job(train_with_a_large_loss, 3, tmp_path) as job:
+        outcomes = job.wait(60)
+    for outcome in outcomes:
+        assert outcome.code == 1
+        assert "beyond the range of the exact sums" in outcome.output, outcome.output
+        assert "audit of step" not in outcome.output
+
+
+def train_on_another_kind(*flags: object) -> None:
+    """Rank 1 is of another kind than the others."""
+    if os.environ["RANK"] == "1":
+        os.environ["MKL_CBWR"] = "COMPATIBLE"
+    train_hastily(*flags)
+
+
+def test_ranks_of_two_kinds_are_not_compared(tmp_path: Path) -> None:
+    with Job(train_on_another_kind, 3, "--run-dir", tmp_path, *QUIET, *FLAGS, "--audit-steps=5") as job:
+        outcomes = job.wait(60)
+    assert [outcome.code for outcome in outcomes] == [2, 2, 2]
+    message = "error: --audit-steps compares ranks of one kind, and these differ in mkl_cbwr"
+    assert [outcome.output.count(message) for outcome in outcomes] == [1, 0, 0]
 
 
 def test_sums_that_have_no_right_answer_are_not_audited(tmp_path: Path) -> None:
