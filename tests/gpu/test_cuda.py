@@ -54,6 +54,19 @@ def test_divergence_is_detected_although_sums_are_read_late(tmp_path: Path) -> N
         assert f"rank {rank}: in step 20" in outcome.output
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("flags", [(), ("--hidden", 1024, 1024)])
+def test_an_audit_changes_no_bit_and_names_the_rank(tmp_path: Path, flags: tuple[object, ...]) -> None:
+    short = ("--epochs", 5, *flags)
+    clean = weights_digest(1, tmp_path / "1", *short)
+    assert weights_digest(3, tmp_path / "3", *short, "--audit-steps", 1) == clean
+    for kind in ("flip", "warp"):
+        run_dir, faulty = tmp_path / kind, ("--audit-steps", 5, "--fault", f"{kind}@1:20")
+        for rank, outcome in enumerate(train_on(3, "--run-dir", run_dir, *FLAGS, *short, *faulty, timeout=200)):
+            assert outcome.code == 1
+            assert f"rank {rank}: audit of step 20: rank 1 (host" in outcome.output
+
+
 def train_digits(run_dir: Path, workers: int, epochs: int) -> None:
     """Train the example: convolutions, batch norm, dropout, AdamW, a schedule, clipping, samples from pinned memory."""
     changed = {"epochs": epochs, "device": "cuda", "backend": "gloo", "wandb": "disabled", "plots": False}

@@ -79,7 +79,7 @@ LARGER: dict[str, Any] = {"micro_batches": 4, "batch_size": 17, "epochs": 4}
 """Micro-batches of three samples and more, as batch norm needs; 24 steps."""
 WAYS: dict[str, tuple[Callable[[Config], None], dict[str, Any]]] = {
     "side by side": (train_default, {}),
-    "one by one": (train_default, {"hidden": (300, 300), "optimizer": "sgd", "lr": 0.1}),
+    "one by one": (train_default, {"hidden": (600, 600), "optimizer": "sgd", "lr": 0.1}),  # two buckets of DDP
     "own model": (train_own, LARGER),
     "read": (train_read, LARGER),
 }

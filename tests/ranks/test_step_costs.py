@@ -86,6 +86,14 @@ def test_a_step_stays_lean(tmp_path: Path, size: int, settings: dict[str, Any], 
     assert counted["collectives"] == (size > 1)  # gradients, loss, accuracy, guard and stop flag in one
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_audited_step_has_no_more_collectives(tmp_path: Path, size: int) -> None:
+    counted = per_step(tmp_path, size, {"audit_steps": 1})
+    assert counted["collectives"] == (size > 1)  # checksums ride with the gradients
+    assert counted["reads"] <= 2
+    assert counted["calls"] <= 900
+
+
 def test_fast_agrees_seldom(tmp_path: Path) -> None:
     counted = per_step(tmp_path, 2, {"reduction": "fast"})
     assert counted["collectives"] == 1 / STEPS_PER_EPOCH  # DDP's own all-reduce is called from C++
