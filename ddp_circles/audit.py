@@ -86,20 +86,23 @@ class Audit:
     recomputing: bool = field(default=False, init=False)
     """True while this rank recomputes what another one owns."""
 
-    def is_due(self, step: int) -> bool:
-        """True for the global steps that are audited."""
-        return step % self.every == 0
+    def watched(self, step: int) -> int | None:
+        """The rank whose micro-batches this one recomputes in global step `step`; None if that is not audited."""
+        ranks = self.world.ranks
+        return None if step % self.every else (ranks.rank + self._distance(step)) % ranks.world_size
 
     def around(
         self, own: Iterable[Entry], pieces: list[MicroBatch], step: int, share: Share, seeded: Seeded
     ) -> Iterator[Entry]:
-        """The micro-batches of an audited step: those of another rank, then this rank's `own`, made of `pieces`.
+        """The micro-batches of a step, if it is audited: those of another rank, then this rank's `own`, of `pieces`.
 
         Raises `HardwareError` on all ranks, at the end, if not all ranks have computed the same.
         """
+        watched = self.watched(step)
+        if watched is None:
+            yield from own
+            return
         rank, size = self.world.ranks.rank, self.world.ranks.world_size
-        distance = self._distance(step)
-        watched = (rank + distance) % size
         watched_pieces = share(watched)
         checksums = Checksums(
             self._numbers(pieces, rank),
@@ -113,7 +116,7 @@ class Audit:
         yield from self._recomputed(watched_pieces, seeded)
         yield from own
         row = Arriving(self.reducer.take_published()).read(self.world.patience, waiting)
-        published = Published.from_row(row, size, distance)
+        published = Published.from_row(row, size, self._distance(step))
         if not published.diverged:  # else the loop says so
             self._check_weights(published.weights, step)
             if published.disputed:

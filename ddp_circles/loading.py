@@ -10,8 +10,9 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from multiprocessing.process import BaseProcess
@@ -222,6 +223,10 @@ class Loaded:
             generator=torch.Generator(),  # else it draws from the global one
         )
         self._contents: Iterator[Any] = iter(())
+        self.watched: Callable[[int], int | None] = lambda _step: None
+        """From a global step to the rank whose micro-batches `share` will be asked for, to have them read ahead."""
+        self._ahead: tuple[int, int | None] | None = None
+        """The step, and the rank, whose micro-batches come next, if it is another rank's turn."""
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -234,40 +239,56 @@ class Loaded:
         """
         self._plan.requests = (
             Request(epoch, torch.cat(list(samples.values())).tolist())
-            for step in range(first, sharding.steps)
-            if (samples := _samples(order, sharding, step))
+            for step, share in self._shares(sharding, first, epoch)
+            if (samples := _samples(order, share, step))
         )
         with self._naming_lost_workers():
             self._contents = self._begin()
         for step in range(first, sharding.steps):
-            yield self._take({number: len(samples) for number, samples in _samples(order, sharding, step).items()})
+            own = self._take(_samples(order, sharding, step))
+            self._ahead = step, self.watched(epoch * sharding.steps + step)
+            yield own
+
+    def _shares(self, sharding: Sharding, first: int, epoch: int) -> Iterator[tuple[int, Sharding]]:
+        """Steps and shardings in the order in which they are read: of each step this rank's, then the watched one's."""
+        for step in range(first, sharding.steps):
+            yield step, sharding
+            watched = self.watched(epoch * sharding.steps + step)
+            if watched is not None:
+                yield step, replace(sharding, rank=watched)
 
     def share(self, order: Tensor, sharding: Sharding, *, step: int, epoch: int) -> list[MicroBatch]:
-        """The micro-batches of one step and of any rank's `sharding`, which the rank reads by itself.
+        """The micro-batches of one step and of any rank's `sharding`; those not watched the rank reads by itself.
 
         Raises `SampleError` for samples that cannot be read.
         """
         samples = _samples(order, sharding, step)
-        if not samples:
-            return []
-        states = RandomStates()
-        content = self._reader[Request(epoch, torch.cat(list(samples.values())).tolist())]
-        states.restore()
-        return self._cut(content, {number: len(found) for number, found in samples.items()})
+        if self._ahead == (step, sharding.rank):
+            self._ahead = None
+            return self._take(samples)
+        return self._read_here(epoch, samples)
 
-    def _take(self, sizes: dict[int, int]) -> list[MicroBatch]:
-        """The micro-batches of one step, with their sizes by number."""
-        if not sizes:
+    def _read_here(self, epoch: int, samples: dict[int, Tensor]) -> list[MicroBatch]:
+        """The micro-batches of `samples` by number, read by the rank, whose random numbers stay as they are."""
+        states = RandomStates()
+        content = self._reader[Request(epoch, torch.cat(list(samples.values())).tolist())] if samples else ""
+        states.restore()
+        return self._cut(content, samples) if samples else []
+
+    def _take(self, samples: dict[int, Tensor]) -> list[MicroBatch]:
+        """The micro-batches of the `samples` by number, which come next."""
+        if not samples:
             return []
         with self._naming_lost_workers():
             content = next(self._contents)
-        return self._cut(content, sizes)
+        return self._cut(content, samples)
 
-    def _cut(self, content: tuple[Any, Any] | str, sizes: dict[int, int]) -> list[MicroBatch]:
-        """The micro-batches that `content` holds one behind the other, on the device."""
+    def _cut(self, content: tuple[Any, Any] | str, samples: dict[int, Tensor]) -> list[MicroBatch]:
+        """The micro-batches of `samples`, which `content` holds one behind the other, on the device."""
         if isinstance(content, str):
             raise SampleError(content)
         content = mapped(lambda tensor: tensor.to(self._device, non_blocking=True), content)
+        sizes = {number: len(found) for number, found in samples.items()}
         # Each lies in memory of its own: the last bits of a product may depend on where its factors begin.
         parts = zip(accumulate(sizes.values(), initial=0), sizes.items(), strict=False)
         return [MicroBatch(number, *mapped(partial(_copy, start, size), content)) for start, (number, size) in parts]

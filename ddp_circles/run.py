@@ -33,6 +33,7 @@ from ddp_circles.job.ranks import how_to_continue, read_ranks
 from ddp_circles.job.rehearsal import Rehearsal
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.world import World, open_world, telling_others
+from ddp_circles.loading import Loaded
 from ddp_circles.metrics import LocalTally, Metric, Progress
 from ddp_circles.models import state_of
 from ddp_circles.optimization import MakeOptimizer, MakeScheduler, Optimization
@@ -144,6 +145,8 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     buffers = Buffers(bare, verdict.buffers) if exact and verdict.buffers else None
     reducer = _make_reducer(config, world, passes.network, tally, buffers)
     audit = _make_audit(config, world, found, bare, reducer)
+    if audit is not None and isinstance(passes.train_set, Loaded):
+        passes.train_set.watched = audit.watched
     seeded = verdict.draws or passes.read_in_rank or optimization.may_draw
     watched = exact and given.verdict is not None
     samples = len(passes.train_set)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ddp_circles import Config, Dataset, Split, fit
+from ddp_circles.loading import Loaded
 from tests.harness.ranks import Job, Outcome
 from tests.harness.runs import QUIET, Bits, bits, checkpoint_steps, finish, run, status, train_hastily
 
@@ -72,7 +73,16 @@ def train_own(config: Config) -> None:
 
 
 def train_read(config: Config) -> None:
-    fit(config, model=own_model(), data=Split(Read(0, 100), Read(100, 125)), workers=1)
+    read_here, here = Loaded._read_here, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal here
+        here += 1
+        return read_here(*arguments)
+
+    with patch.object(Loaded, "_read_here", counted):
+        fit(config, model=own_model(), data=Split(Read(0, 100), Read(100, 125)), workers=1)
+    assert not here  # workers read ahead for audits too; only what is in dispute the rank reads by itself
 
 
 LARGER: dict[str, Any] = {"micro_batches": 4, "batch_size": 17, "epochs": 4}
