@@ -1,7 +1,7 @@
 """The verifier over several ranks: faults on request, real ones, and none; who is named, and how soon all is over.
 
-Most of it is rehearsed by few ranks, one verification after the other. The long form, with 20 tries for each kind of
-fault and 50 clean runs: `bash launch/test.sh -m long tests/ranks -s`
+Most of it is rehearsed by few ranks, one verification after the other. The long form, with 50 tries for each kind of
+fault and 300 clean runs: `bash launch/test.sh -m long tests/ranks -s`
 """
 
 import functools
@@ -36,7 +36,7 @@ from ddp_circles.verify.injection import PHASES, STEPS, Trouble
 from tests.harness.ranks import LAUNCHER_VARIABLES, Job, Outcome, free_port
 
 SMALL = ("--device=cpu", "--max-bytes=16384")
-TRIES, CLEAN_RUNS = 20, 50
+TRIES, CLEAN_RUNS = 50, 300
 
 
 def verify(*flags: object) -> None:
@@ -137,10 +137,12 @@ PLANS: dict[int, dict[str, Plan]] = {
         "clean": Plan(("--seed=5",)),
         "wrong@0": Plan(("--inject=wrong@0", "--seed=2")),
         "slow@2": Plan(("--inject=slow@2", "--seed=2")),
+        "flip@2": Plan(("--inject=flip@2:3+", "--seed=2")),
         "lasting": Plan(trouble=functools.partial(lasting_fault, 2)),
         "addition": Plan(trouble=wrong_addition),
         "mixed": Plan(trouble=mixed_fleet),
         "no such rank": Plan(("--inject=flip@3",)),
+        "no such step": Plan(("--inject=flip@1:24",)),
         "no such folder": Plan(("--out=/nowhere/verify.json",)),
         "no such flag": Plan(("--max-byte=3",)),
         "no such backend": Plan(("--backend=nccl",)),
@@ -149,6 +151,7 @@ PLANS: dict[int, dict[str, Plan]] = {
         "clean": Plan(),
         "flip@3": Plan(("--inject=flip@3", "--seed=3")),
         "wrong@2": Plan(("--inject=wrong@2", "--seed=3")),
+        "warp@1": Plan(("--inject=warp@1:7", "--seed=3")),
     },
 }
 
@@ -174,28 +177,32 @@ def verify_each(folder: Path, plans: dict[str, Plan]) -> list[tuple[int, int]]:
     return results
 
 
+def verify_all(size: int, folder: Path, plans: dict[str, Plan], timeout: float) -> dict[str, Ended]:
+    """The ends of several verifications by the same ranks, by name."""
+    for name in plans:
+        (folder / name).mkdir()
+    with Job(verify_each, size, folder, plans) as job:
+        outcomes = job.wait(timeout)
+    assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
+    assert {left for outcome in outcomes for _, left in outcome.value} == {0}
+    spoken = [re.split(r"^== .*\n", outcome.output, flags=re.MULTILINE)[1:] for outcome in outcomes]
+    return {
+        name: Ended(
+            [outcome.value[number][0] for outcome in outcomes],
+            [of_rank[number] for of_rank in spoken],
+            folder / name,
+        )
+        for number, name in enumerate(plans)
+    }
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Ended]:
     """The end of a planned verification; the first call for a number of ranks runs all its plans."""
 
     @functools.cache
     def run(size: int) -> dict[str, Ended]:
-        folder = tmp_path_factory.mktemp(f"{size}")
-        for name in PLANS[size]:
-            (folder / name).mkdir()
-        with Job(verify_each, size, folder, PLANS[size]) as job:
-            outcomes = job.wait(200)
-        assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
-        assert {left for outcome in outcomes for _, left in outcome.value} == {0}
-        spoken = [re.split(r"^== .*\n", outcome.output, flags=re.MULTILINE)[1:] for outcome in outcomes]
-        return {
-            name: Ended(
-                [outcome.value[number][0] for outcome in outcomes],
-                [of_rank[number] for of_rank in spoken],
-                folder / name,
-            )
-            for number, name in enumerate(PLANS[size])
-        }
+        return verify_all(size, tmp_path_factory.mktemp(f"{size}"), PLANS[size], 200)
 
     return lambda size, name: run(size)[name]
 
@@ -209,7 +216,7 @@ def check(kind: str, victim: int, codes: list[int], output: str, folder: Path) -
     severity = {"kill": "missing", "slow": "warning"}.get(kind, "wrong")
     assert content["findings"], output
     assert {(finding["severity"], *finding["ranks"]) for finding in content["findings"]} == {(severity, victim)}, output
-    checks = {"flip": "training", "wrong": "collectives", "slow": "speed", "kill": "ranks"}[kind]
+    checks = {"flip": "training", "warp": "training", "wrong": "collectives", "slow": "speed", "kill": "ranks"}[kind]
     assert all(finding["check"].startswith(checks) for finding in content["findings"])
 
 
@@ -309,6 +316,7 @@ def test_a_mixed_fleet_is_compared_within_each_kind_and_says_so(ended: Callable[
     ("name", "message"),
     [
         ("no such rank", "--inject names rank 3"),
+        ("no such step", "--inject names step 24, and the last step of a training is 23"),
         ("no such folder", "--out /nowhere/verify.json cannot be written"),
         ("no such flag", "--max-byte"),
         ("no such backend", "--backend nccl"),
@@ -488,28 +496,31 @@ def test_a_rank_that_hangs_in_the_evaluation_says_where(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["flip", "slow", "wrong", "kill"])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["flip", "warp", "slow", "wrong", "kill"])
 def test_each_fault_is_found_every_time(kind: str, tmp_path: Path) -> None:
-    choices = random.Random(kind)
+    choices, plans = random.Random(kind), dict[int, dict[str, Plan]]()
     for number in range(TRIES):
-        (folder := tmp_path / str(number)).mkdir()
         size = choices.choice((2, 3, 4))
         victim, seed = choices.randrange(size), choices.randrange(2**32)
         if kind == "kill":
+            (folder := tmp_path / str(number)).mkdir()
             rehearse_kill(size, victim, seed, folder)
         else:
-            outcomes = run(size, folder, f"--inject={kind}@{victim}", "--seed", seed)
-            check(kind, victim, [outcome.code or 0 for outcome in outcomes], outcomes[0].output, folder)
+            plans.setdefault(size, {})[f"{number} {victim}"] = Plan((f"--inject={kind}@{victim}", f"--seed={seed}"))
+    for size, planned in plans.items():
+        for name, (codes, outputs, folder) in verify_all(size, tmp_path, planned, 60 * len(planned)).items():
+            check(kind, int(name.split()[1]), codes, outputs[0], folder)
     print(f"{kind}: found, and the right rank named, in {TRIES} of {TRIES} tries")
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 def test_clean_runs_raise_no_alarm(tmp_path: Path) -> None:
     choices = random.Random("clean")
-    for _ in range(CLEAN_RUNS):
-        outcomes = run(choices.choice((2, 3, 4)), tmp_path, "--seed", choices.randrange(2**32))
-        assert {outcome.code for outcome in outcomes} == {0}, outcomes[0].output
-        assert report(tmp_path)["findings"] == []
+    for size in (2, 3, 4):
+        plans = {f"{size} {number}": Plan((f"--seed={choices.randrange(2**32)}",)) for number in range(CLEAN_RUNS // 3)}
+        for codes, outputs, folder in verify_all(size, tmp_path, plans, 60 * len(plans)).values():
+            assert codes == [0] * size, outputs[0]
+            assert report(folder)["findings"] == []
     print(f"no finding, not even a warning, in {CLEAN_RUNS} clean runs")
