@@ -1,5 +1,6 @@
 """The host, device and versions of each rank, and the kinds of devices that must compute the same bits."""
 
+import hashlib
 import platform
 import re
 import socket
@@ -15,6 +16,8 @@ from ddp_circles.job.world import World
 
 Inventory = dict[str, str]
 """One rank's host, device and versions; nothing secret."""
+PACKAGE = "package"
+"""The entry with the digest of this package's source."""
 
 
 def take_inventory(world: World, threads: int) -> Inventory:
@@ -30,6 +33,7 @@ def take_inventory(world: World, threads: int) -> Inventory:
         "uuid": device_uuid(device),
         "driver": driver if on_cuda else "",
         "python": platform.python_version(),
+        PACKAGE: _digest_of_package(),
         "torch": str(torch.__version__),
         "backend": _backend(world.backend),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -53,6 +57,13 @@ def _search(file: str, pattern: str) -> str:
     except OSError:
         return ""
     return found[1] if found else ""
+
+
+def _digest_of_package() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _backend(backend: str) -> str:

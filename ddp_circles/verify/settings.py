@@ -35,6 +35,8 @@ class Settings:
     """Seconds within which all ranks have ended once one of them is gone or silent; 20 or more."""
     inject: str | None = None
     """Rehearse a fault, as KIND@RANK: flip a bit of a gradient, slow, wrong element in a collective, kill, stall."""
+    against: Path | None = None
+    """Earlier verify.json, of this machine or another one of its kind, that bits and speed must agree with."""
     out: Path = Path("verify.json")
     """File for all figures, written by rank 0."""
 

@@ -173,28 +173,30 @@ def verify_each(folder: Path, plans: dict[str, Plan]) -> list[tuple[int, int]]:
     return results
 
 
+def end_each(folder: Path, size: int, plans: dict[str, Plan]) -> dict[str, Ended]:
+    """Run one verification after the other by the same ranks; returns their ends, by name."""
+    for name in plans:
+        (folder / name).mkdir()
+    with Job(verify_each, size, folder, plans) as job:
+        outcomes = job.wait(200)
+    assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
+    assert {left for outcome in outcomes for _, left in outcome.value} == {0}
+    spoken = [re.split(r"^== .*\n", outcome.output, flags=re.MULTILINE)[1:] for outcome in outcomes]
+    return {
+        name: Ended(
+            [outcome.value[number][0] for outcome in outcomes], [of_rank[number] for of_rank in spoken], folder / name
+        )
+        for number, name in enumerate(plans)
+    }
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Ended]:
     """The end of a planned verification; the first call for a number of ranks runs all its plans."""
 
     @functools.cache
     def run(size: int) -> dict[str, Ended]:
-        folder = tmp_path_factory.mktemp(f"{size}")
-        for name in PLANS[size]:
-            (folder / name).mkdir()
-        with Job(verify_each, size, folder, PLANS[size]) as job:
-            outcomes = job.wait(200)
-        assert [outcome.code for outcome in outcomes] == [0] * size, outcomes[0].output
-        assert {left for outcome in outcomes for _, left in outcome.value} == {0}
-        spoken = [re.split(r"^== .*\n", outcome.output, flags=re.MULTILINE)[1:] for outcome in outcomes]
-        return {
-            name: Ended(
-                [outcome.value[number][0] for outcome in outcomes],
-                [of_rank[number] for of_rank in spoken],
-                folder / name,
-            )
-            for number, name in enumerate(PLANS[size])
-        }
+        return end_each(tmp_path_factory.mktemp(f"{size}"), size, PLANS[size])
 
     return lambda size, name: run(size)[name]
 
