@@ -20,6 +20,11 @@ from ddp_circles.verify.verdict import from_step, slow_above, test_the_device
 
 LARGEST_FILE = 2**28
 """Bytes of the longest verify.json that is read: one of ten thousand ranks has about 16 million."""
+SHARED_FACTOR = 3.0
+"""A kind on CPUs, or on devices that ranks share, is slow above so many times the earlier time.
+
+It is generous: what disturbs all ranks alike cancels out between ranks, but not between then and now.
+"""
 LINK_FACTOR = 2.0
 """A link is slow below the earlier bandwidth divided by this: other jobs use the network too."""
 
@@ -36,7 +41,7 @@ class Past:
     """For each seed and kind, what a rank computed alone."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """For each kind, the median of its ranks' computing times."""
-    factor: float = 2.0
+    factor: float = SHARED_FACTOR
     """A kind is slow above so many times its `seconds`."""
     bandwidths: Bandwidths = field(default_factory=dict)
     """Empty where they say nothing about this job's."""
@@ -91,7 +96,7 @@ def _past_of(file: Path, content: Mapping[str, Any], everyone: Sequence[Inventor
             for told in oracle["told"]
         },
         seconds={kind: _median(computing, ranks) for kind, ranks in kinds.items()},
-        factor=max(slow_above(before), slow_above(everyone)),
+        factor=max(slow_above(job, SHARED_FACTOR) for job in (before, everyone)),
         bandwidths=largest(speed["collectives"]) if _linked_alike(before, everyone) else {},
         lines=[
             f"Compared with {file}: {kind}."

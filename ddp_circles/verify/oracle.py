@@ -27,9 +27,10 @@ from ddp_circles.job.world import World
 from ddp_circles.loop import Training, train
 from ddp_circles.metrics import LocalTally, Progress, Tally
 from ddp_circles.micro_batches import OneByOne
-from ddp_circles.models import Classifier, loss_sum
+from ddp_circles.models import loss_sum
 from ddp_circles.optimization import Optimization, default_optimizer
 from ddp_circles.verify.injection import Mark, Trouble
+from ddp_circles.verify.model import Model
 
 EPOCHS = 2
 STEPS_PER_EPOCH = 12
@@ -119,10 +120,10 @@ def train_together(world: World, workload: Workload, seed: int, trouble: Trouble
     return _train(world, workload, seed, model, replica, Witness(model, "together", seed, trouble, mark))
 
 
-def make_model(workload: Workload, seed: int) -> Classifier:
-    """The classifier with the initial weights of `seed`."""
+def make_model(workload: Workload, seed: int) -> Model:
+    """The model with the initial weights of `seed`."""
     torch.manual_seed(seed)
-    return Classifier(2, workload.hidden, "relu", 2)
+    return Model(workload.hidden)
 
 
 def make_points(workload: Workload, seed: int) -> tuple[Dataset, Dataset]:
@@ -143,7 +144,7 @@ def _train(
     tally = LocalTally(world.device)
     training = Training(
         model=model,
-        optimizer=Optimization(model, default_optimizer("adam", lr=0.01)),
+        optimizer=Optimization(model, default_optimizer("adam", lr=0.001)),
         loss=loss_sum,
         reducer=ExactReducer(
             model,

@@ -146,10 +146,13 @@ def _by_case(wrongs: Iterable[Wrong]) -> dict[int, list[Wrong]]:
 # ---- speed
 
 
-def slow_above(everyone: Sequence[Inventory]) -> float:
-    """A rank is slow above so many times the others' median: CPU ranks, and ranks on one device, disturb each other."""
+def slow_above(everyone: Sequence[Inventory], shared: float = 2.0) -> float:
+    """A rank is slow above so many times the others' median: CPU ranks, and ranks on one device, disturb each other.
+
+    `shared`: the factor for those that do.
+    """
     owned = {(one["host"], one["uuid"]) for one in everyone if one["uuid"]}
-    return 1.3 if len(owned) == len(everyone) else 2.0
+    return 1.3 if len(owned) == len(everyone) else shared
 
 
 def judge_speed(seconds: Sequence[float], kinds: Iterable[Sequence[int]], factor: float) -> list[Finding]:

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+from ddp_circles.verify.injection import Trouble
 from tests.ranks.test_verify import Ended, Plan, end_each, lasting_fault, report
 
 
@@ -16,6 +17,13 @@ from tests.ranks.test_verify import Ended, Plan, end_each, lasting_fault, report
 def another_kind() -> Iterator[None]:
     """This machine rounds otherwise, and says so."""
     with lasting_fault(0), patch.dict(os.environ, {"MKL_CBWR": "COMPATIBLE"}):
+        yield
+
+
+@contextmanager
+def slowness() -> Iterator[None]:
+    """Ranks compute nine times as long."""
+    with patch.object(Trouble, "work", 9):
         yield
 
 
@@ -39,7 +47,7 @@ def plans(size: int, folder: Path) -> dict[str, Plan]:
         "lasting": Plan(("--seed=5",), everyone),
         "lasting, against": Plan(("--seed=5", against("clean")), everyone),
         "clean, against": Plan(("--seed=5", against("clean"))),
-        "slow, against": Plan(("--seed=5", "--inject=slow@0", against("clean"))),
+        "slow, against": Plan(("--seed=5", against("clean")), slowness),
         "another kind": Plan(("--seed=5", against("clean")), another_kind),
         "another seed": Plan((against("clean"),)),
         "against a failure": Plan(("--seed=5", against("lasting, against"))),

@@ -103,8 +103,8 @@ def test_those_of_cpus_and_of_single_ranks_never_are(read: Callable[..., Past]) 
 
 def test_ranks_that_shared_a_device_are_given_more_time(read: Callable[..., Past]) -> None:
     shared = [rank("a", 0), rank("a", 0)]
-    assert read(earlier(shared, RUN), job=ranks("aa")).factor == 2.0
-    assert read(earlier(ranks("aa"), RUN), job=shared).factor == 2.0
+    assert read(earlier(shared, RUN), job=ranks("aa")).factor == against.SHARED_FACTOR
+    assert read(earlier(ranks("aa"), RUN), job=shared).factor == against.SHARED_FACTOR
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_kinds_are_held_against_themselves() -> None:
     assert finding.ranks == (0,)
 
 
-@pytest.mark.parametrize(("factor", "seconds", "slow"), [(1.3, 1.29, False), (1.3, 1.31, True), (2.0, 1.9, False)])
+@pytest.mark.parametrize(("factor", "seconds", "slow"), [(1.3, 1.29, False), (1.3, 1.31, True), (3.0, 2.9, False)])
 def test_a_kind_is_warned_about_above_the_factor(factor: float, seconds: float, slow: bool) -> None:
     past = Past("f", seconds={GPU: 1.0, CPU: 1.0}, factor=factor)
     findings = against.judge_speed(past, {GPU: [0, 2, 3]}, [9.0, 9.0, seconds, 0.5], [])
