@@ -58,7 +58,7 @@ def _kind(device: torch.device, marks: dict[str, str]) -> str:
     else:
         flags = _search(CPU_INFO, r"^(?:flags|Features)\s*: (.*)$").split()
         more = {
-            "cpu": cpu_name(),  # oneDNN looks at it whatever MKL was told
+            "cpu": marks["cpu"] or cpu_name(),  # oneDNN looks at it whatever MKL was told
             "bfloat16": " ".join(flag for flag in BFLOAT16_FLAGS if flag in flags),
             "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         }
