@@ -121,7 +121,7 @@ def _linked_alike(before: Sequence[Inventory], everyone: Sequence[Inventory]) ->
 def largest(rows: Sequence[Mapping[str, Any]]) -> Bandwidths:
     """The bandwidths at the largest size of each operation; `rows` are those of verify.json, smaller sizes first."""
     last = {row["operation"]: row for row in rows}
-    return {(operation, row["bytes"]): row["bus_bandwidth"] for operation, row in last.items()}
+    return {(operation, row["bytes"]): float(row["bus_bandwidth"]) for operation, row in last.items()}
 
 
 def _require_same_training(file: Path, seed: int, workload: Workload, trained: Workload, seeds: Sequence[int]) -> None:

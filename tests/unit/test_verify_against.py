@@ -114,6 +114,10 @@ def test_ranks_that_shared_a_device_are_given_more_time(read: Callable[..., Past
         ({"passed": False, "complete": False}, "is not complete"),
         ({"oracle": {}}, "no report that this version can read"),
         ({"speed": {"compute": {"seconds": ["fast"]}}}, "no report that this version can read"),
+        (
+            {"speed": CONTENT["speed"] | {"collectives": [{"operation": "x", "bytes": 1, "bus_bandwidth": "fast"}]}},
+            "no report that this version can read",
+        ),
         ({"inventory": [{}]}, "no report that this version can read"),
         ({"workload": None}, "no report that this version can read"),
     ],
