@@ -9,7 +9,7 @@ single flipped bit is seen even where rounding would hide it from the weights, t
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -27,9 +27,10 @@ from ddp_circles.job.world import World
 from ddp_circles.loop import Training, train
 from ddp_circles.metrics import LocalTally, Progress, Tally
 from ddp_circles.micro_batches import OneByOne
-from ddp_circles.models import Classifier, loss_sum
+from ddp_circles.models import loss_sum
 from ddp_circles.optimization import Optimization, default_optimizer
 from ddp_circles.verify.injection import Mark, Trouble
+from ddp_circles.verify.model import Model
 
 EPOCHS = 2
 STEPS_PER_EPOCH = 12
@@ -119,10 +120,10 @@ def train_together(world: World, workload: Workload, seed: int, trouble: Trouble
     return _train(world, workload, seed, model, replica, Witness(model, "together", seed, trouble, mark))
 
 
-def make_model(workload: Workload, seed: int) -> Classifier:
-    """The classifier with the initial weights of `seed`."""
+def make_model(workload: Workload, seed: int) -> Model:
+    """The model with the initial weights of `seed`."""
     torch.manual_seed(seed)
-    return Classifier(2, workload.hidden, "relu", 2)
+    return Model(workload.hidden)
 
 
 def make_points(workload: Workload, seed: int) -> tuple[Dataset, Dataset]:
@@ -143,7 +144,7 @@ def _train(
     tally = LocalTally(world.device)
     training = Training(
         model=model,
-        optimizer=Optimization(model, default_optimizer("adam", lr=0.01)),
+        optimizer=Optimization(model, default_optimizer("adam", lr=0.001)),
         loss=loss_sum,
         reducer=ExactReducer(
             model,
@@ -273,6 +274,7 @@ def section(
         "alone": [one.digest for one in alone],
         "together": [one.digest for one in together],
         "again": {rank: one.digest for rank, one in again.items()},
+        "kinds": [{"kind": kind} | asdict(usual([alone[rank] for rank in ranks])) for kind, ranks in fleet.items()],
     }
     first_or_wrong = (wrong or not before["told"]) and len(before["told"]) < 20
     rows = [_row(kind, ranks, alone, together, mixed=len(fleet) > 1) for kind, ranks in fleet.items()]
@@ -284,6 +286,12 @@ def section(
         "kinds": before["kinds"] if before["failed_rounds"] and not wrong else rows,
         "told": [*before["told"], told] if first_or_wrong else before["told"],
     }
+
+
+def usual(runs: Sequence[Run]) -> Run:
+    """The most common of `runs`."""
+    key, _ = Counter(run.key for run in runs).most_common(1)[0]
+    return next(run for run in runs if run.key == key)
 
 
 def _row(
@@ -305,7 +313,8 @@ def _method(kinds: int, ranks: int) -> str:
     if ranks == 1:
         return (
             "One rank: it trained alone twice and once through DistributedDataParallel, and was compared with itself. "
-            "A fault that repeats to the bit is not seen: compare the digest with that of another machine of this kind."
+            "A fault that repeats to the bit is not seen, unless --against names the verify.json of another machine of "
+            "this kind."
         )
     if kinds > 1:
         return (

@@ -35,7 +35,8 @@ class Report:
         self._wrong = 0
         self.findings: list[Finding] = []
         self.sections: dict[str, Any] = {"settings": settings}
-        """The entries of verify.json beside the findings: `inventory`, `kinds`, `collectives`, `speed`, `oracle`."""
+        """The entries of verify.json beside the findings: `inventory`, `kinds`, `workload`, `against`, `collectives`,
+        `speed`, `oracle`."""
 
     def close(self, *, complete: bool) -> int:
         """Write verify.json, print the report, and return the exit code."""
@@ -176,9 +177,15 @@ def _draw_oracle(console: Console, oracle: dict[str, Any]) -> None:
     console.print(oracle["method"])
 
 
+def _draw_against(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(visible(line), markup=False)
+
+
 DRAWINGS: dict[str, Any] = {
     "inventory": _draw_inventory,
     "collectives": _draw_collectives,
     "speed": _draw_speed,
     "oracle": _draw_oracle,
+    "against": _draw_against,
 }

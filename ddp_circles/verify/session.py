@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from ddp_circles import cli
 from ddp_circles.config import flags_of
@@ -23,13 +23,14 @@ from ddp_circles.job.process import be_deterministic, pin_threads
 from ddp_circles.job.ranks import Ranks
 from ddp_circles.job.watch import NOBODY, WAITED
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world
-from ddp_circles.verify import collectives, oracle, speed, verdict
+from ddp_circles.verify import against, collectives, oracle, speed, verdict
+from ddp_circles.verify.against import Past
 from ddp_circles.verify.alarm import alarm
 from ddp_circles.verify.board import Board
 from ddp_circles.verify.collectives import DTYPES, Case, Wrong
 from ddp_circles.verify.injection import Trouble
 from ddp_circles.verify.inventory import Inventory, ranks_by, take_inventory
-from ddp_circles.verify.oracle import Run, Together
+from ddp_circles.verify.oracle import Run, Together, Workload
 from ddp_circles.verify.report import Report
 from ddp_circles.verify.settings import Settings
 from ddp_circles.verify.speed import Timing
@@ -76,9 +77,11 @@ class Session:
         self._ranks = world.ranks
         self._size = world.ranks.world_size
         self._max_bytes = settings.max_bytes or (64 if world.backend == "nccl" else 4) * 2**20
-        self._board = Board(world.store, self._ranks.rank, self._size, (Wrong, Case, Timing, Run, Together))
-        self._report = Report(settings.out, world.describe(), asdict(settings) | {"out": str(settings.out)})
+        self._board = Board(world.store, self._ranks.rank, self._size, (Wrong, Case, Timing, Run, Together, Workload))
+        given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+        self._report = Report(settings.out, world.describe(), given)
         self._sections = self._report.sections
+        self._past = Past()
         self._round = 0
 
     def run(self) -> int:
@@ -88,7 +91,7 @@ class Session:
         """
         be_deterministic()
         deadline = time.monotonic() + 60 * self._settings.minutes
-        workload = oracle.choose_workload(self._size, on_cuda=self._take_inventory())
+        workload: Workload = self._take_inventory()
         dtypes: list[str] = self._board.agree(collectives.supported(self._world), self._judge_dtypes)
         seconds = self._time_computing()
         for self._round in count():
@@ -134,21 +137,35 @@ class Session:
 
     # ---- inventory
 
-    def _take_inventory(self) -> bool:
-        """Compare what the ranks run on; returns whether all compute on CUDA devices."""
+    def _take_inventory(self) -> Workload:
+        """Compare what the ranks run on, and read what they are held against; returns what they train."""
         self._mark("inventory", 0)
         refusal = _why_not_to(self._settings.out) if self._ranks.is_main else ""
         mine = take_inventory(self._world, self._settings.threads)
-        refusal, on_cuda = self._board.agree((refusal, mine), self._judge_inventory)
+        refusal, workload = self._board.agree((refusal, mine), self._judge_inventory)
         if refusal:
             raise UserError(refusal)
-        return bool(on_cuda)
+        return cast(Workload, workload)
 
-    def _judge_inventory(self, found: Sequence[tuple[str, Inventory]]) -> tuple[str, bool]:
+    def _judge_inventory(self, found: Sequence[tuple[str, Inventory]]) -> tuple[str, Workload]:
         everyone = [inventory for _, inventory in found]
         self._report.findings += verdict.judge_inventory(everyone)
-        self._sections |= {"inventory": everyone, "kinds": ranks_by([one["kind"] for one in everyone])}
-        return found[0][0], all(inventory["device"].startswith("cuda") for inventory in everyone)
+        on_cuda = all(inventory["device"].startswith("cuda") for inventory in everyone)
+        workload = oracle.choose_workload(self._size, on_cuda=on_cuda)
+        kinds = ranks_by([one["kind"] for one in everyone])
+        self._sections |= {"inventory": everyone, "kinds": kinds, "workload": asdict(workload)}
+        return found[0][0] or self._read_past(workload), workload
+
+    def _read_past(self, workload: Workload) -> str:
+        """Read the earlier report; returns why that cannot be done, or nothing."""
+        file, seed = self._settings.against, self._settings.seed
+        try:
+            if file is not None:
+                self._past = against.read_past(file, seed, workload, self._sections["inventory"])
+                self._sections["against"] = self._past.lines
+        except UserError as error:
+            return str(error)
+        return ""
 
     # ---- collectives
 
@@ -188,11 +205,15 @@ class Session:
         seconds, timings = zip(*found, strict=True)
         factor = verdict.slow_above(self._sections["inventory"])
         self._report.findings += verdict.judge_speed(seconds, self._sections["kinds"].values(), factor)
-        self._sections["speed"] = speed.section(seconds, timings, verdict.slow_rule(factor))
+        section = speed.section(seconds, timings, verdict.slow_rule(factor))
+        self._sections["speed"] = section
+        self._report.findings += against.judge_speed(
+            self._past, self._sections["kinds"], seconds, section["collectives"]
+        )
 
     # ---- training oracle
 
-    def _train(self, workload: oracle.Workload, seed: int) -> None:
+    def _train(self, workload: Workload, seed: int) -> None:
         train_alone = partial(oracle.train_alone, self._world, workload, seed, self._trouble, self._mark)
         alone, shares_alone = train_alone("alone")
         run, shares = oracle.train_together(self._world, workload, seed, self._trouble, self._mark)
@@ -209,6 +230,7 @@ class Session:
         again = {rank: one for rank, (_, _, one) in enumerate(found) if one is not None}
         fleet = self._sections["kinds"]
         findings = verdict.judge_trainings(list(fleet.values()), alone, together, again)
+        findings += against.judge_trainings(self._past, seed, fleet, alone)
         self._report.findings += findings
         self._sections["oracle"] = oracle.section(
             self._sections.get("oracle"), fleet, alone, together, again, seed=seed, wrong=bool(findings)

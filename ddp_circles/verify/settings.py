@@ -36,6 +36,8 @@ class Settings:
     inject: str | None = None
     """Rehearse a fault, as KIND@RANK: flip a bit of a gradient, warp some elements of one, slow, wrong element in a
     collective, kill, stall; flip and warp also as KIND@RANK:STEP, or :STEP+ from there on."""
+    against: Path | None = None
+    """Earlier verify.json, of this machine or another one of its kind, that bits and speed must agree with."""
     out: Path = Path("verify.json")
     """File for all figures, written by rank 0."""
 

@@ -146,10 +146,13 @@ def _by_case(wrongs: Iterable[Wrong]) -> dict[int, list[Wrong]]:
 # ---- speed
 
 
-def slow_above(everyone: Sequence[Inventory]) -> float:
-    """A rank is slow above so many times the others' median: CPU ranks, and ranks on one device, disturb each other."""
+def slow_above(everyone: Sequence[Inventory], shared: float = 2.0) -> float:
+    """A rank is slow above so many times the others' median: CPU ranks, and ranks on one device, disturb each other.
+
+    `shared`: the factor for those that do.
+    """
     owned = {(one["host"], one["uuid"]) for one in everyone if one["uuid"]}
-    return 1.3 if len(owned) == len(everyone) else 2.0
+    return 1.3 if len(owned) == len(everyone) else shared
 
 
 def judge_speed(seconds: Sequence[float], kinds: Iterable[Sequence[int]], factor: float) -> list[Finding]:
@@ -219,16 +222,16 @@ def judge_alone(kind: Sequence[int], alone: Sequence[Run], again: Mapping[int, R
         if rank in outvoted:
             reference = next(alone[other] for other in kind if alone[other].key == usual)
             others = spell_ranks(other for other in kind if other not in outvoted)
-            what = f"trained alone, {spell_ranks([rank])} departs from {others} {_from_step(alone[rank], reference)}; "
+            what = f"trained alone, {spell_ranks([rank])} departs from {others} {from_step(alone[rank], reference)}; "
             what += (
                 "a second time it differs again: a fault that comes and goes"
                 if rank in unsteady
                 else "a second time it gets the same again: a lasting fault"
             )
         else:
-            step = _from_step(alone[rank], again[rank])
+            step = from_step(alone[rank], again[rank])
             what = f"trained alone twice, {spell_ranks([rank])} departs from itself {step}"
-        findings.append(Finding("wrong", "training alone", (rank,), what, _test_the_device(rank)))
+        findings.append(Finding("wrong", "training alone", (rank,), what, test_the_device(rank)))
     steady = [rank for rank in kind if rank not in unsteady]
     if usual is None and len({alone[rank].key for rank in steady}) > 1:
         what = (
@@ -254,7 +257,7 @@ def judge_together(
     odd = tuple(rank for rank in ranks if usual is not None and together[rank].digest != usual)
     if usual is None or odd:
         what = f"{spell_ranks(odd or ranks)} ended with other weights than the other ranks"
-        return [_wrong_together(odd, what, _test_the_device(*odd))]
+        return [_wrong_together(odd, what, test_the_device(*odd))]
     agreed = len({alone[rank].key for rank in ranks}) == 1
     if not mixed and agreed and alone[ranks[0]].digest != usual:
         what = "all ranks ended with other weights than alone, though all gradients were the same"
@@ -271,7 +274,7 @@ def _judge_step(step: int, ranks: Sequence[int], alone: Sequence[Run], together:
             f"computed another gradient in step {step} than alone; its part is in the sum, so that all ranks went on "
             "with the same wrong weights"
         )
-        return [_wrong_together((rank,), f"{spell_ranks([rank])} {what}", _test_the_device(rank)) for rank in computed]
+        return [_wrong_together((rank,), f"{spell_ranks([rank])} {what}", test_the_device(rank)) for rank in computed]
     if len({alone[rank].key for rank in ranks}) > 1:
         return []  # the trainings alone disagree already, and the sum holds the gradients of all
     if 2 * len(received) < len(ranks):
@@ -292,12 +295,14 @@ def _wrong_together(ranks: tuple[int, ...], what: str, advice: str) -> Finding:
     return Finding("wrong", "training together", ranks, f"trained together, {what}", advice)
 
 
-def _from_step(one: Run, other: Run) -> str:
+def from_step(one: Run, other: Run) -> str:
+    """From where on two unequal runs differ, for people."""
     step = first_difference(one.sums, other.sums)
     return "in its gradients, which rounding then hid" if step is None else f"from step {step} on"
 
 
-def _test_the_device(*ranks: int) -> str:
+def test_the_device(*ranks: int) -> str:
+    """The next thing to do about `ranks`."""
     if not ranks:
         return "verify again with more ranks"
     return f"take {spell_ranks(ranks)} out of the job, run the vendor's diagnostics on its device, and verify again"

@@ -177,7 +177,7 @@ def verify_each(folder: Path, plans: dict[str, Plan]) -> list[tuple[int, int]]:
     return results
 
 
-def verify_all(size: int, folder: Path, plans: dict[str, Plan], timeout: float) -> dict[str, Ended]:
+def end_each(folder: Path, size: int, plans: dict[str, Plan], timeout: float = 200) -> dict[str, Ended]:
     """The ends of several verifications by the same ranks, by name."""
     for name in plans:
         (folder / name).mkdir()
@@ -202,7 +202,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Ende
 
     @functools.cache
     def run(size: int) -> dict[str, Ended]:
-        return verify_all(size, tmp_path_factory.mktemp(f"{size}"), PLANS[size], 200)
+        return end_each(tmp_path_factory.mktemp(f"{size}"), size, PLANS[size])
 
     return lambda size, name: run(size)[name]
 
@@ -509,7 +509,7 @@ def test_each_fault_is_found_every_time(kind: str, tmp_path: Path) -> None:
         else:
             plans.setdefault(size, {})[f"{number} {victim}"] = Plan((f"--inject={kind}@{victim}", f"--seed={seed}"))
     for size, planned in plans.items():
-        for name, (codes, outputs, folder) in verify_all(size, tmp_path, planned, 60 * len(planned)).items():
+        for name, (codes, outputs, folder) in end_each(tmp_path, size, planned, 60 * len(planned)).items():
             check(kind, int(name.split()[1]), codes, outputs[0], folder)
     print(f"{kind}: found, and the right rank named, in {TRIES} of {TRIES} tries")
 
@@ -520,7 +520,7 @@ def test_clean_runs_raise_no_alarm(tmp_path: Path) -> None:
     choices = random.Random("clean")
     for size in (2, 3, 4):
         plans = {f"{size} {number}": Plan((f"--seed={choices.randrange(2**32)}",)) for number in range(CLEAN_RUNS // 3)}
-        for codes, outputs, folder in verify_all(size, tmp_path, plans, 60 * len(plans)).values():
+        for codes, outputs, folder in end_each(tmp_path, size, plans, 60 * len(plans)).values():
             assert codes == [0] * size, outputs[0]
             assert report(folder)["findings"] == []
     print(f"no finding, not even a warning, in {CLEAN_RUNS} clean runs")

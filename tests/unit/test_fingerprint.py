@@ -108,3 +108,14 @@ def test_unlike_devices_are_not_compared(monkeypatch: pytest.MonkeyPatch, name: 
     first, second, third = inventories(monkeypatch, **{name: "other", COMPUTATION: "other"})
     assert first["kind"] == second["kind"] != third["kind"]
     assert COMPUTATION not in [finding.what.split()[0] for finding in verdict.judge_inventory([first, second, third])]
+
+
+def test_the_kind_tells_what_products_in_bfloat16_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    world: Any = SimpleNamespace(device=CPU, backend="gloo")
+    kinds = []
+    for flags in ("fpu avx512f", "fpu avx512f avx512_bf16 amx_tile"):
+        (tmp_path / flags).write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t: none\n")
+        monkeypatch.setattr(inventory_module, "CPU_INFO", tmp_path / flags)
+        kinds.append(take_inventory(world, 1)["kind"])
+    assert ["bfloat16" in kind for kind in kinds] == [False, True]
+    assert kinds[1].endswith("bfloat16 avx512_bf16 amx_tile")
