@@ -46,6 +46,8 @@ def plans(size: int, folder: Path) -> dict[str, Plan]:
         "clean": Plan(("--seed=5",)),
         "lasting": Plan(("--seed=5",), everyone),
         "lasting, against": Plan(("--seed=5", against("clean")), everyone),
+        "injected": Plan(("--seed=5", "--inject=flip@0:3+")),
+        "injected, against": Plan(("--seed=5", "--inject=flip@0:3+", against("clean"))),
         "clean, against": Plan(("--seed=5", against("clean"))),
         "slow, against": Plan(("--seed=5", against("clean")), slowness),
         "another kind": Plan(("--seed=5", against("clean")), another_kind),
@@ -68,21 +70,26 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Ende
 
 
 @pytest.mark.parametrize(
-    ("size", "name", "blamed"),
-    [(1, "lasting, against", [0]), (2, "shared, against", [0, 1]), (2, "one of two, against", [1])],
+    ("size", "name", "blamed", "step"),
+    [
+        (1, "lasting, against", [0], 0),
+        (1, "injected, against", [0], 3),
+        (2, "shared, against", [0, 1], 0),
+        (2, "one of two, against", [1], 0),
+    ],
 )
 def test_a_fault_that_repeats_to_the_bit_is_seen_against_an_earlier_report(
-    size: int, name: str, blamed: list[int], ended: Callable[[int, str], Ended]
+    size: int, name: str, blamed: list[int], step: int, ended: Callable[[int, str], Ended]
 ) -> None:
     codes, outputs, folder = ended(size, name)
     assert codes == [1] * size, outputs[0]
     (finding,) = (one for one in report(folder)["findings"] if one["check"] == "against")
     assert (finding["severity"], finding["ranks"]) == ("wrong", blamed)
-    assert "from step 0 on" in finding["what"]
+    assert f"from step {step} on" in finding["what"]
     assert f"rank {blamed[0]} is on host" in outputs[0]
 
 
-@pytest.mark.parametrize(("size", "name"), [(1, "lasting"), (2, "shared")])
+@pytest.mark.parametrize(("size", "name"), [(1, "lasting"), (1, "injected"), (2, "shared")])
 def test_without_one_it_is_not_seen(size: int, name: str, ended: Callable[[int, str], Ended]) -> None:
     codes, _, folder = ended(size, name)
     assert codes == [0] * size
