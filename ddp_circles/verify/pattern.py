@@ -1,0 +1,72 @@
+"""Words whose every bit is known: written to what shall hold or carry them, and compared with what comes back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PIECES = {"cpu": 2**14, "cuda": 2**22}
+"""Words computed at a time: few on the CPU, whose caches are small, and many on a GPU, where each call costs time."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How words depart from their pattern."""
+
+    bytes: int
+    """The number of wrong bytes."""
+    offset: int
+    """Where the first wrong word begins, in bytes."""
+    expected: str
+    seen: str
+
+    def __str__(self) -> str:
+        return f"the word at offset {self.offset:,} should be {self.expected} and is {self.seen}"
+
+
+def salt_of(seed: int, rank: int) -> int:
+    """The number that stands for a rank's pattern of `seed`."""
+    return seed * 8191 + rank
+
+
+def mixed(index: Tensor, salt: int) -> Tensor:
+    """64 well-mixed bits for each index: two rounds of multiply and shift, as in SplitMix64."""
+    bits = (index + (salt % 2**31) * 0x9E3779B9) * 0x3F58476D1CE4E5B9
+    bits = (bits ^ (bits >> 29 & 2**35 - 1)) * 0x14D049BB133111EB  # torch shifts the sign in: mask it out
+    return bits ^ (bits >> 32 & 2**32 - 1)
+
+
+def write(words: Tensor, salt: int, start: int = 0) -> Tensor:
+    """Fill `words`, a row of int64, with the pattern of `salt` from its word `start` on; returns them."""
+    for offset, piece in _pieces(words):
+        piece.copy_(_pattern(piece, salt, start + offset))
+    return words
+
+
+def compare(words: Tensor, salt: int, start: int = 0, *, inverted: bool = False) -> Difference | None:
+    """Hold every word against what `write` wrote, or against that with all bits `inverted`; None if all are right."""
+    count, first = 0, None
+    for offset, piece in _pieces(words):
+        right = _pattern(piece, salt, start + offset)
+        right = ~right if inverted else right
+        if not torch.equal(piece, right):
+            count += int((piece.view(torch.uint8) != right.view(torch.uint8)).sum())
+            first = first or _first(piece, right, offset)
+    return Difference(count, *first) if first else None
+
+
+def _pieces(words: Tensor) -> Iterator[tuple[int, Tensor]]:
+    size = PIECES[words.device.type]
+    for number, piece in enumerate(words.split(size)):
+        yield number * size, piece
+
+
+def _pattern(piece: Tensor, salt: int, start: int) -> Tensor:
+    return mixed(torch.arange(start, start + len(piece), device=piece.device), salt)
+
+
+def _first(piece: Tensor, right: Tensor, offset: int) -> tuple[int, str, str]:
+    position = int((piece != right).nonzero()[0])
+    expected, seen = (f"0x{int(words[position]) % 2**64:016x}" for words in (right, piece))
+    return 8 * (offset + position), expected, seen
