@@ -59,7 +59,7 @@ def check(device: torch.device, size: int, salt: int, seconds: float, mark: Mark
         _hold(device)
         for number, block in enumerate(blocks):
             mark("memory", number)
-            difference = compare(block, salt, _start(number), inverted=inverted)
+            difference = compare(block, salt, number, inverted=inverted)
             if difference is not None:
                 held.wrong.setdefault(number, difference)
             block.bitwise_not_()
@@ -78,15 +78,10 @@ def _fill(device: torch.device, size: int, salt: int, seconds: float, mark: Mark
             block = torch.empty(min(size - begin, BLOCK) // 8, dtype=torch.int64, device=device)
         except RuntimeError:  # no more memory to be had
             break
-        blocks.append(write(block, salt, _start(len(blocks))))
+        blocks.append(write(block, salt, len(blocks)))
         if time.monotonic() > deadline:
             break
     return blocks
-
-
-def _start(block: int) -> int:
-    """The number in the pattern of the first word of a block: no two words of the memory are alike."""
-    return block * (BLOCK // 8)
 
 
 def _hold(device: torch.device) -> None:

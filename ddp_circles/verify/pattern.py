@@ -8,6 +8,8 @@ from torch import Tensor
 
 PIECES = {"cpu": 2**14, "cuda": 2**22}
 """Words computed at a time: few on the CPU, whose caches are small, and many on a GPU, where each call costs time."""
+MOST_PIECES = 2**20
+"""Pieces of a block; more would be those of the next one."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +39,35 @@ def mixed(index: Tensor, salt: int) -> Tensor:
     return bits ^ (bits >> 32 & 2**32 - 1)
 
 
-def write(words: Tensor, salt: int, start: int = 0) -> Tensor:
-    """Fill `words`, a row of int64, with the pattern of `salt` from its word `start` on; returns them."""
-    for offset, piece in _pieces(words):
-        piece.copy_(_pattern(piece, salt, start + offset))
+def write(words: Tensor, salt: int, block: int = 0) -> Tensor:
+    """Fill `words`, a row of int64, with the pattern of `salt` for this number of a block; returns them."""
+    for _, piece, right in _pieces(words, salt, block):
+        piece.copy_(right)
     return words
 
 
-def compare(words: Tensor, salt: int, start: int = 0, *, inverted: bool = False) -> Difference | None:
+def compare(words: Tensor, salt: int, block: int = 0, *, inverted: bool = False) -> Difference | None:
     """Hold every word against what `write` wrote, or against that with all bits `inverted`; None if all are right."""
     count, first = 0, None
-    for offset, piece in _pieces(words):
-        right = _pattern(piece, salt, start + offset)
-        right = ~right if inverted else right
+    for offset, piece, right in _pieces(words, salt, block, inverted=inverted):
         if not torch.equal(piece, right):
             count += int((piece.view(torch.uint8) != right.view(torch.uint8)).sum())
             first = first or _first(piece, right, offset)
     return Difference(count, *first) if first else None
 
 
-def _pieces(words: Tensor) -> Iterator[tuple[int, Tensor]]:
-    size = PIECES[words.device.type]
-    for number, piece in enumerate(words.split(size)):
-        yield number * size, piece
+def _pieces(words: Tensor, salt: int, block: int, *, inverted: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The offset of each piece of `words`, the piece, and its pattern.
 
-
-def _pattern(piece: Tensor, salt: int, start: int) -> Tensor:
-    return mixed(torch.arange(start, start + len(piece), device=piece.device), salt)
+    That is the same mixed words for all pieces, with a key of its own for each: what comes from elsewhere looks wrong.
+    """
+    size, device = PIECES[words.device.type], words.device
+    pieces = words.split(size)
+    base = mixed(torch.arange(size, device=device), salt)
+    base = ~base if inverted else base
+    keys = mixed(torch.arange(len(pieces), device=device) + size + block * MOST_PIECES, salt)
+    for number, (piece, key) in enumerate(zip(pieces, keys, strict=True)):
+        yield number * size, piece, base[: len(piece)] ^ key
 
 
 def _first(piece: Tensor, right: Tensor, offset: int) -> tuple[int, str, str]:

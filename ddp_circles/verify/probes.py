@@ -13,7 +13,7 @@ from ddp_circles.job.ranks import spell_ranks
 from ddp_circles.terminal import visible
 from ddp_circles.verify.copies import COPY_BYTES, FILE_BYTES, Copied, Stored
 from ddp_circles.verify.counters import FAILED, PENDING, THROTTLING, UNCORRECTED, Reading
-from ddp_circles.verify.findings import Finding
+from ddp_circles.verify.findings import Finding, Severity
 from ddp_circles.verify.inventory import ranks_by
 from ddp_circles.verify.links import Link
 from ddp_circles.verify.memory import BLOCK, Held
@@ -25,6 +25,8 @@ Pair = tuple[int, int]
 SLOW_LINK = 0.5
 """A link between nodes is slow below this share of the median of the others."""
 LEAST_PAIRS = 3
+MOST_NAMED = 8
+"""Links of one kind that are named; verify.json has all."""
 
 
 # ---- memory
@@ -124,25 +126,33 @@ def judge_links(found: Sequence[Sequence[Link]], *, between_nodes: bool) -> list
     findings = _name("wrong", wrong, lambda pair: _spell_wrong_link(wrong[pair]))
     speeds = bandwidths(links)
     if between_nodes and len(speeds) >= LEAST_PAIRS:
-        medians = {pair: statistics.median(speeds[other] for other in speeds if other != pair) for pair in speeds}
+        medians = dict(zip(speeds, medians_of_others(list(speeds.values())), strict=True))
         slow = [pair for pair in speeds if speeds[pair] < SLOW_LINK * medians[pair]]
         findings += _name("warning", slow, lambda pair: _spell_slow_link(speeds[pair], medians[pair]))
     return findings
 
 
+def medians_of_others(values: Sequence[float]) -> list[float]:
+    """For each of two or more ascending `values`, the median of all the others."""
+    below, above = (len(values) - 2) // 2, (len(values) - 1) // 2
+    return [
+        (values[below + (below >= number)] + values[above + (above >= number)]) / 2 for number in range(len(values))
+    ]
+
+
 def bandwidths(links: Iterable[Link]) -> dict[Pair, float]:
-    """Bytes per second in each direction, by pair; the slower side's time counts."""
+    """Bytes per second in each direction, by pair, slowest first; the slower side's time counts."""
     speeds: dict[Pair, float] = {}
     for link in links:
         speed = link.bytes / link.seconds
         speeds[_pair(link)] = min(speed, speeds.get(_pair(link), speed))
-    return speeds
+    return dict(sorted(speeds.items(), key=lambda item: item[1]))
 
 
 def links_section(found: Sequence[Sequence[Link]], *, between_nodes: bool) -> Section:
     """The bandwidths of all pairs, in bytes per second, slowest first."""
     links = list(chain(*found))
-    speeds = sorted(bandwidths(links).items(), key=lambda item: item[1])
+    speeds = list(bandwidths(links).items())
     section: Section = {
         "pairs": [{"ranks": list(pair), "bandwidth": speed} for pair, speed in speeds],
         "wrong": sum(_wrong_bytes(link.difference) for link in links),
@@ -163,18 +173,19 @@ def _pair(link: Link) -> Pair:
     return min(link.rank, link.peer), max(link.rank, link.peer)
 
 
-def _name(severity: Any, pairs: Iterable[Pair], spell: Callable[[Pair], str]) -> list[Finding]:
-    """A finding about the one rank that all `pairs` have in common, else one for each of them."""
+def _name(severity: Severity, pairs: Iterable[Pair], spell: Callable[[Pair], str]) -> list[Finding]:
+    """A finding about the one rank that all `pairs` have in common, else one for each, for `MOST_NAMED` at the most."""
     pairs = list(pairs)
     common = tuple(set.intersection(*map(set, pairs))) if pairs else ()
-    advice = "compare with the other links: look at the cable, the card and the port, and at the log of both hosts"
+    many = f" (one of {len(pairs)} such links)" if len(pairs) > 1 else ""
+    named: list[tuple[tuple[int, ...], Pair]] = [(pair, pair) for pair in pairs[:MOST_NAMED]]
     if len(common) == 1:
-        what = f"all {len(pairs)} links that stand out are of {spell_ranks(common)}; that to "
-        (other,) = {*pairs[0]} - {*common}
-        return [Finding(severity, "links", common, f"{what}{spell_ranks([other])} {spell(pairs[0])}", advice)]
+        many = f" (one of {len(pairs)} such links, all of {spell_ranks(common)})"
+        named = [(common, pairs[0])]
+    advice = "compare with the other links: look at the cable, the card and the port, and at the log of both hosts"
     return [
-        Finding(severity, "links", pair, f"the link between {spell_ranks(pair)} {spell(pair)}", advice)
-        for pair in pairs
+        Finding(severity, "links", ranks, f"the link between {spell_ranks(pair)}{many} {spell(pair)}", advice)
+        for ranks, pair in named
     ]
 
 

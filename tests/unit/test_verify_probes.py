@@ -1,6 +1,7 @@
 """Memory, copies, files, links and counters by themselves: what is found, whose fault it is, and what is no fault."""
 
 import math
+import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -30,8 +31,8 @@ CPU = torch.device("cpu")
 WRONG = Difference(3, 16, "0x01", "0x02")
 
 
-def words(count: int, salt: int = 3, start: int = 0) -> torch.Tensor:
-    return write(torch.empty(count, dtype=torch.int64), salt, start)
+def words(count: int, salt: int = 3, block: int = 0) -> torch.Tensor:
+    return write(torch.empty(count, dtype=torch.int64), salt, block)
 
 
 def nothing(*_: object) -> None:
@@ -42,15 +43,11 @@ def nothing(*_: object) -> None:
 
 
 def test_the_pattern_uses_every_bit_and_no_two_words_are_alike() -> None:
-    pattern = words(4096)
+    pattern = words(3 * PIECES["cpu"] + 5)
     for bit in range(64):
-        assert 1800 < int(((pattern >> bit) & 1).sum()) < 2300
-    others = torch.cat([pattern, words(4096, start=4096), words(4096, salt=4)])
-    assert len(others.unique()) == len(others)
-
-
-def test_the_pattern_goes_on_from_where_it_is_told_to() -> None:
-    assert torch.equal(words(PIECES["cpu"] + 9)[7:], words(PIECES["cpu"] + 2, start=7))
+        assert 0.48 < ((pattern >> bit) & 1).double().mean().item() < 0.52
+    everything = torch.cat([pattern, *(words(len(pattern), salt, block) for salt, block in ((3, 1), (3, 2), (4, 0)))])
+    assert len(everything.unique()) == len(everything)
 
 
 @settings(deadline=None, max_examples=30)
@@ -302,8 +299,8 @@ def test_a_wrong_link_is_named_with_both_its_ranks_and_the_direction() -> None:
 def test_a_rank_whose_links_are_all_wrong_is_named_alone() -> None:
     (finding,) = probes.judge_links(sides(even(0, 1, 2, 3), a=(0, 2), b=(1, 2), c=(2, 3)), between_nodes=False)
     assert (finding.severity, finding.ranks) == ("wrong", (2,))
-    assert "all 3 links" in finding.what
-    assert "rank 0 carried 3 wrong bytes from rank 2 to rank 0" in finding.what
+    assert "one of 3 such links, all of rank 2" in finding.what
+    assert "carried 3 wrong bytes from rank 2 to rank 0" in finding.what
     separate = probes.judge_links(sides(even(0, 1, 2, 3), a=(0, 1), b=(2, 3)), between_nodes=False)
     assert [finding.ranks for finding in separate] == [(0, 1), (2, 3)]
 
@@ -322,6 +319,20 @@ def test_a_node_whose_links_are_all_slow_is_warned_about_once() -> None:
     speeds = even(0, 1, 2, 3, a=(0, 2), b=(1, 2), c=(2, 3))
     (finding,) = probes.judge_links(sides(speeds), between_nodes=True)
     assert (finding.severity, finding.ranks) == ("warning", (2,))
+
+
+def test_of_many_wrong_links_some_are_named_and_all_are_counted() -> None:
+    wrong = {f"w{number}": (number, number + 1) for number in range(0, 40, 2)}
+    findings = probes.judge_links(sides(dict.fromkeys(wrong.values(), 1000000000.0), **wrong), between_nodes=False)
+    assert len(findings) == probes.MOST_NAMED
+    assert all("one of 20 such links" in finding.what for finding in findings)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2))
+def test_the_median_of_the_others_is_that_of_all_but_one(values: list[float]) -> None:
+    values.sort()
+    right = [statistics.median(values[:number] + values[number + 1 :]) for number in range(len(values))]
+    assert probes.medians_of_others(values) == right
 
 
 # ---- counters
