@@ -12,7 +12,7 @@ from torch import Tensor
 from ddp_circles.verify.collectives import synchronize
 from ddp_circles.verify.pattern import Difference, compare, write
 
-COPY_BYTES = 16 * 2**20
+COPY_BYTES = 4 * 2**20
 FILE_BYTES = 4 * 2**20
 
 

@@ -1,6 +1,6 @@
 """The verdict of rank 0 on memory, copies, files, links and counters, from what all ranks found, in their order.
 
-Functions named `section` give the entries in verify.json, each with a summary of one sentence.
+Functions that end in `section` give the entries in verify.json, each with a summary of one sentence.
 """
 
 import statistics
@@ -26,7 +26,7 @@ SLOW_LINK = 0.5
 """A link between nodes is slow below this share of the median of the others."""
 LEAST_PAIRS = 3
 MOST_NAMED = 8
-"""Links of one kind that are named; verify.json has all."""
+"""Links of one kind that get a finding."""
 
 
 # ---- memory

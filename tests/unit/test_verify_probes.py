@@ -243,7 +243,7 @@ def test_wrong_copies_of_all_rounds_are_counted() -> None:
     section = probes.copies_section(section, "cuda", [Copied(10**9, 0.5, WRONG), Copied(10**9, 0.25, None)])
     assert section["wrong"] == 6
     assert section["bandwidths"] == [4e9, 8e9]
-    assert section["summary"] == "16 MiB from pinned memory to the device and back, at 4 to 8 GB/s"
+    assert section["summary"] == "4 MiB from pinned memory to the device and back, at 4 to 8 GB/s"
 
 
 # ---- links
