@@ -161,7 +161,7 @@ def links_section(found: Sequence[Sequence[Link]], *, between_nodes: bool) -> Se
     if speeds:
         (pair, slowest), median = speeds[0], statistics.median(speed for _, speed in speeds)
         size = links[0].bytes
-        who = "pairs of nodes" if between_nodes else "pairs of ranks on one node"
+        who = f"pair{'s' * (len(speeds) > 1)} of {'nodes' if between_nodes else 'ranks on one node'}"
         section["summary"] = (
             f"{len(speeds)} {who} exchanged {size:,} bytes: in the median {median / 1e9:.3g} GB/s each way, at the "
             f"slowest, {spell_ranks(pair)}, {slowest / 1e9:.3g} GB/s"
