@@ -1,11 +1,14 @@
 """The memory of this machine: what cannot fit is refused, before the system ends processes for it."""
 
 import os
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
 
 
 def require_memory(needed: float, available: int | None = None) -> None:
@@ -17,7 +20,19 @@ def require_memory(needed: float, available: int | None = None) -> None:
 
 def machine_memory() -> int:
     """Bytes of memory in this machine, or fewer where a control group such as a Slurm job's is limited."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *(limit for limit, _ in _group_limits())])
+
+
+def available_memory() -> int:
+    """Bytes that nobody uses, by the system's estimate, or fewer where a control group has less left."""
+    free = {name: value.split() for name, value in (line.split(":") for line in MEMINFO.read_text().splitlines())}
+    left = [limit - _used(group) for limit, group in _group_limits()]
+    return max(0, min([1024 * int(free["MemAvailable"][0]), *left]))
+
+
+def _group_limits() -> Iterator[tuple[int, Path]]:
+    """Limits in bytes, each with its folder, of the control groups that this process is in."""
     with suppress(OSError):
         for line in OWN_CGROUPS.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -26,5 +41,13 @@ def machine_memory() -> int:
                 name = "memory.limit_in_bytes" if controllers else "memory.max"
                 for above in (folder, *folder.parents):
                     with suppress(OSError, ValueError):  # no such file here, or `max`
-                        limits.append(int((above / name).read_text()))
-    return min(limits)
+                        yield int((above / name).read_text()), above
+
+
+def _used(group: Path) -> int:
+    """Bytes that a control group uses, without those of files that have not been read for long: they give way."""
+    for use, cache in (("memory.current", "inactive_file"), ("memory.usage_in_bytes", "total_inactive_file")):
+        with suppress(OSError):
+            cached = re.search(rf"^{cache} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+            return int((group / use).read_text()) - (int(cached[1]) if cached else 0)
+    return 0

@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddp_circles.checksums import mixed
 from ddp_circles.job.rehearsal import INTEGERS
 from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World, is_lost_peer
 from ddp_circles.verify.injection import Mark, Tamper
+from ddp_circles.verify.pattern import salt_of
 
 DTYPES = {"int64": torch.int64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 LIMITS = {"int64": 2**62, "float32": 2**24, "bfloat16": 2**8}
@@ -95,7 +97,7 @@ def contribution(case: Case, rank: int, world_size: int, device: torch.device) -
     index = torch.arange(case.start, case.stop, device=device)
     dtype = DTYPES[case.dtype]
     if case.operation in ("broadcast", "all-gather"):
-        return _mixed(index, case.seed * 8191 + rank).to(INTEGERS[dtype.itemsize]).view(dtype)
+        return mixed(index, salt_of(case.seed, rank)).to(INTEGERS[dtype.itemsize]).view(dtype)
     groups = _groups(case.dtype, world_size)
     first, step = _coefficients(case, index, world_size)
     return torch.where(index % groups == rank % groups, first + step * (rank // groups), 0).to(dtype)
@@ -123,15 +125,8 @@ def _groups(dtype: str, world_size: int) -> int:
 def _coefficients(case: Case, index: Tensor, world_size: int) -> tuple[Tensor, Tensor]:
     terms = -(-world_size // _groups(case.dtype, world_size))
     limit = LIMITS[case.dtype]
-    first = _mixed(index, case.seed * 8191 + 1).remainder_(limit // (2 * terms))
-    return first, _mixed(index, case.seed * 8191 + 2).remainder_(limit // terms**2) + 1
-
-
-def _mixed(index: Tensor, salt: int) -> Tensor:
-    """64 well-mixed bits for each index: two rounds of multiply and shift, as in SplitMix64."""
-    bits = (index + (salt % 2**31) * 0x9E3779B9) * 0x3F58476D1CE4E5B9
-    bits = (bits ^ (bits >> 29 & 2**35 - 1)) * 0x14D049BB133111EB  # torch shifts the sign in: mask it out
-    return bits ^ (bits >> 32 & 2**32 - 1)
+    first = mixed(index, salt_of(case.seed, 1)).remainder_(limit // (2 * terms))
+    return first, mixed(index, salt_of(case.seed, 2)).remainder_(limit // terms**2) + 1
 
 
 def _as_integers(values: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class Report:
         self._wrong = 0
         self.findings: list[Finding] = []
         self.sections: dict[str, Any] = {"settings": settings}
-        """The entries of verify.json beside the findings: `inventory`, `kinds`, `workload`, `against`, `collectives`,
-        `speed`, `oracle`."""
+        """The entries of verify.json beside the findings: `inventory`, `kinds`, `workload`, `against`, `probes`,
+        `collectives`, `speed`, `oracle`."""
 
     def close(self, *, complete: bool) -> int:
         """Write verify.json, print the report, and return the exit code."""
@@ -84,7 +84,7 @@ class Report:
     def _print(self, console: Console, findings: Sequence[Finding]) -> None:
         console.print(f"\nddp_circles.verify: {visible(self._title)}", style="bold", markup=False)
         for name, draw in DRAWINGS.items():
-            if name in self.sections:
+            if self.sections.get(name):
                 draw(console, self.sections[name])
         if findings:
             console.print("\nFindings, worst first", style="bold")
@@ -139,6 +139,13 @@ def _draw_inventory(console: Console, inventory: Sequence[Inventory]) -> None:
         console.print(f"and {len(alike) - ROWS} more rows in verify.json")
 
 
+def _draw_probes(console: Console, probes: dict[str, dict[str, Any]]) -> None:
+    table = _table("Probes, every byte compared", "probe", "what was done", "wrong")
+    for name, probe in probes.items():
+        _add_row(table, name, probe["summary"], f"{probe['wrong']:,}" if "wrong" in probe else "")
+    console.print(table)
+
+
 def _draw_collectives(console: Console, collectives: dict[str, Any]) -> None:
     table = _table(
         "Collectives, every element checked", "operation", "types", "up to bytes", "buffers", "elements", "wrong"
@@ -184,6 +191,7 @@ def _draw_against(console: Console, lines: Sequence[str]) -> None:
 
 DRAWINGS: dict[str, Any] = {
     "inventory": _draw_inventory,
+    "probes": _draw_probes,
     "collectives": _draw_collectives,
     "speed": _draw_speed,
     "oracle": _draw_oracle,

@@ -1,42 +1,54 @@
 """One verification over all ranks: each rank posts its measurements on the board; rank 0 judges them.
 
 inventory; then, with a new seed each time until the time is over:
+    copies          to the device and back; once: a file, and memory that is filled and read again
     collectives     every element of every result checked
-    speed           once: bandwidths, and each rank's own computing
+    speed           once: bandwidths, each rank's own computing, and links between two
     oracle          every rank trains alone, then all train together: the same bits, or somebody is at fault
+counters of the GPUs, compared with those after the inventory
 report
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from ddp_circles import cli
 from ddp_circles.config import flags_of
 from ddp_circles.errors import StopRequestedError, UserError
+from ddp_circles.job.devices import device_uuid
 from ddp_circles.job.process import be_deterministic, pin_threads
-from ddp_circles.job.ranks import Ranks
+from ddp_circles.job.ranks import Ranks, this_host
 from ddp_circles.job.watch import NOBODY, WAITED
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world
-from ddp_circles.verify import against, collectives, oracle, speed, verdict
+from ddp_circles.verify import against, collectives, copies, links, memory, oracle, probes, speed, verdict
 from ddp_circles.verify.against import Past
 from ddp_circles.verify.alarm import alarm
 from ddp_circles.verify.board import Board
 from ddp_circles.verify.collectives import DTYPES, Case, Wrong
+from ddp_circles.verify.copies import Copied, Stored
+from ddp_circles.verify.counters import Reading, read_counters
+from ddp_circles.verify.findings import Finding
 from ddp_circles.verify.injection import Trouble
 from ddp_circles.verify.inventory import Inventory, ranks_by, take_inventory
+from ddp_circles.verify.links import Link
+from ddp_circles.verify.memory import Held
 from ddp_circles.verify.oracle import Run, Together, Workload
+from ddp_circles.verify.pattern import Difference, salt_of
 from ddp_circles.verify.report import Report
 from ddp_circles.verify.settings import Settings
 from ddp_circles.verify.speed import Timing
 
 LAST_WORDS_SECONDS = 10.0
 """Part of the timeout that is kept for saying who is missing and for writing the report."""
+FILLING_SHARE = 0.1
+"""Part of the timeout in which memory may be filled, so that ranks with less of it do not wait too long for others."""
+POSTED = (Wrong, Case, Timing, Run, Together, Workload, Difference, Held, Copied, Stored, Link, Reading)
 
 
 def verify(settings: Settings, ranks: Ranks) -> int:
@@ -75,12 +87,14 @@ class Session:
         self._watch = world.watch
         self._trouble = trouble
         self._ranks = world.ranks
+        self._on_cuda = world.device.type == "cuda"
         self._size = world.ranks.world_size
         self._max_bytes = settings.max_bytes or (64 if world.backend == "nccl" else 4) * 2**20
-        self._board = Board(world.store, self._ranks.rank, self._size, (Wrong, Case, Timing, Run, Together, Workload))
+        self._board = Board(world.store, self._ranks.rank, self._size, POSTED)
         given = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
         self._report = Report(settings.out, world.describe(), given)
         self._sections = self._report.sections
+        self._probes: dict[str, probes.Section] = self._sections.setdefault("probes", {})
         self._past = Past()
         self._round = 0
 
@@ -94,14 +108,22 @@ class Session:
         workload: Workload = self._take_inventory()
         dtypes: list[str] = self._board.agree(collectives.supported(self._world), self._judge_dtypes)
         seconds = self._time_computing()
+        counters = self._read_counters()
         for self._round in count():
             seed = (self._settings.seed + self._round) % 2**32
+            self._check_copies(seed)
+            if self._round == 0:
+                self._check_file(seed)
+                self._check_memory(seed)
             self._check_collectives(dtypes, seed)
             if self._round == 0:
                 self._measure_speed(seconds)
+                self._check_links(seed)
             self._train(workload, seed)
             if not self._board.agree(None, partial(self._judge_time, deadline)):
                 break
+        if counters is not None:
+            self._probe("counters", (counters, self._read_counters()), probes.judge_counters, probes.counters_section)
         code: int = self._board.agree(None, lambda _: self._report.close(complete=True))
         self._board.part()
         return code
@@ -166,6 +188,62 @@ class Session:
         except UserError as error:
             return str(error)
         return ""
+
+    # ---- probes
+
+    def _probe(
+        self,
+        name: str,
+        found: Any,
+        judge: Callable[[list[Any]], list[Finding]],
+        section: Callable[[list[Any]], probes.Section],
+    ) -> None:
+        """Have rank 0 `judge` what all ranks found, and enter it in the report."""
+
+        def enter(everyone: list[Any]) -> None:
+            self._report.findings += judge(everyone)
+            self._probes[name] = section(everyone)
+
+        self._board.agree(found, enter)
+
+    def _check_copies(self, seed: int) -> None:
+        self._mark("copies", 0)
+        copied = copies.copy_there_and_back(self._world.device, salt_of(seed, self._ranks.rank))
+        section = partial(probes.copies_section, self._probes.get("copies"), self._world.device.type)
+        self._probe("copies", copied, probes.judge_copies, section)
+
+    def _check_file(self, seed: int) -> None:
+        """Write and read a file, one rank on each host."""
+        self._mark("file", 0)
+        folder = self._settings.out.parent
+        stored = None if self._ranks.local_rank else copies.store_and_read(folder, salt_of(seed, self._ranks.rank))
+        self._probe("file", stored, probes.judge_files, probes.file_section)
+
+    def _check_memory(self, seed: int) -> None:
+        self._mark("memory", 0)
+        device, seconds = self._world.device, FILLING_SHARE * self._settings.timeout
+        sizes: list[int] = self._board.agree(memory.free_memory(device), self._share_memory)
+        held = memory.check(device, sizes[self._ranks.rank], salt_of(seed, self._ranks.rank), seconds, self._mark)
+        self._probe("memory", held, probes.judge_memory, probes.memory_section)
+
+    def _share_memory(self, free: Sequence[int]) -> list[int]:
+        """The bytes that each rank may fill: ranks of one host share the memory of its CPU, or of one GPU."""
+        share = self._settings.memory
+        if share is None:
+            share = memory.ON_CUDA if self._on_cuda else 0.0
+        places = [(inventory["host"], inventory["uuid"]) for inventory in self._sections["inventory"]]
+        return memory.sizes(share, places, free)
+
+    def _check_links(self, seed: int) -> None:
+        players: list[int] = self._board.agree(this_host(), links.players)
+        found = links.measure(self._world, players, self._max_bytes, seed, self._mark)
+        between = not self._ranks.one_machine
+        judge = partial(probes.judge_links, between_nodes=between)
+        self._probe("links", found, judge, partial(probes.links_section, between_nodes=between))
+
+    def _read_counters(self) -> Reading | None:
+        """The counters of this rank's GPU; None on a CPU."""
+        return read_counters(device_uuid(self._world.device)) if self._on_cuda else None
 
     # ---- collectives
 

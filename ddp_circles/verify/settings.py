@@ -33,6 +33,8 @@ class Settings:
     """CPU threads per rank."""
     timeout: float = 120.0
     """Seconds within which all ranks have ended once one of them is gone or silent; 20 or more."""
+    memory: float | None = None
+    """Share of the free memory to fill and read again, once; by default 0.8 on cuda and none on the CPU."""
     inject: str | None = None
     """Rehearse a fault, as KIND@RANK: flip a bit of a gradient, warp some elements of one, slow, wrong element in a
     collective, kill, stall; flip and warp also as KIND@RANK:STEP, or :STEP+ from there on."""
@@ -50,6 +52,7 @@ class Settings:
         require(0 <= self.minutes < math.inf, "--minutes", "a finite number, 0 or more", self.minutes)
         require(0 <= self.seed < 2**32, "--seed", f"between 0 and {2**32 - 1}", self.seed)
         require(1 <= self.threads <= MOST_THREADS, "--threads", f"between 1 and {MOST_THREADS}", self.threads)
+        require(self.memory is None or 0 < self.memory <= 0.95, "--memory", "above 0 and at most 0.95", self.memory)
         require(20 <= self.timeout <= LONGEST_TIMEOUT, "--timeout", f"between 20 and {LONGEST_TIMEOUT}", self.timeout)
         self.fault()
 
