@@ -26,7 +26,14 @@ class OutOfRangeError(ArithmeticError):
 
 
 class HardwareError(Exception):
-    """Ranks that computed different bits where all must compute the same; raised on all ranks alike."""
+    """Ranks that computed different bits where all must compute the same; raised on all ranks alike.
+
+    `sound_step`: checkpoints after this step may hold wrong weights; None if all are sound.
+    """
+
+    def __init__(self, message: str, sound_step: int | None = None) -> None:
+        super().__init__(message)
+        self.sound_step = sound_step
 
 
 class SampleError(Exception):

@@ -21,9 +21,11 @@ small network side by side, in one pass (`SideBySideReducer`), through any other
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import accumulate
+from operator import itemgetter
 from types import TracebackType
 from typing import TypedDict, Unpack
 
@@ -107,8 +109,11 @@ class _IntegerSums(ABC):
     # ---- the audit of a step
 
     @abstractmethod
-    def recomputation(self) -> Pass:
-        """The pass of micro-batches that another rank owns: of them nothing but checksums stays."""
+    def recomputation(self, *, idle: bool) -> Pass:
+        """The pass of micro-batches that another rank owns: of them nothing but checksums stays.
+
+        `idle`: it has none in this step, and the pass is that of an empty one.
+        """
 
     def begin_audit(self, checksums: Checksums) -> None:
         """Note the checksums of the next step, and publish them with its sums."""
@@ -120,11 +125,35 @@ class _IntegerSums(ABC):
         width = self._checksums.width
         row = self._sums[-width:]
         self._sums = self._sums[:-width]
+        if self._checksums.received:
+            by_name, beyond = self._tally.width, len(self._tally.names) + 2
+            rode = torch.cat([self._sums[:by_name], self._sums[beyond:]])
+            self._checksums.received.append(checksum(rode, self._size).view(1))
         return row
 
     def end_audit(self) -> None:
         """Let the next steps go unaudited."""
         self._checksums = None
+
+    def _note_received(self, bucket: GradBucket, total: Tensor) -> None:
+        """Note the checksum of a bucket's part of the sum over all ranks, which `total` begins with."""
+        if self._checksums is not None:
+            received = self._checksum_of_bucket(bucket, total[: bucket.buffer().numel()])
+            self._checksums.received.append(received)
+
+    def _checksum_of_bucket(self, bucket: GradBucket, integers: Tensor) -> Tensor:
+        """The checksum of integers that lie as in `bucket`; int64 of shape [1]."""
+        parameters = bucket.parameters()
+        pieces = integers.split([parameter.numel() for parameter in parameters])
+        placed = sorted(zip((self._places[id(one)] for one in parameters), pieces, strict=True), key=itemgetter(0))
+        total, begin = torch.zeros_like(self._flags[0]), 0
+        # Parameters that follow each other lie in one row.
+        for end in range(1, len(placed) + 1):
+            if end == len(placed) or placed[end][0] != placed[end - 1][0] + 1:
+                row = torch.cat([piece for _, piece in placed[begin:end]])
+                total += checksum(row, self._offsets[placed[begin][0]])
+                begin = end
+        return total
 
     # ---- what rides with the gradients
 
@@ -152,8 +181,10 @@ class _IntegerSums(ABC):
         pieces = self._integers.split(self._sizes)
         return [pieces[self._places[id(parameter)]] for parameter in bucket.parameters()]
 
-    def _hand_out(self, total: Tensor, buffer: Tensor) -> Future[Tensor]:
+    def _hand_out(self, total: Tensor, bucket: GradBucket) -> Future[Tensor]:
         """Put the gradients at the head of a sum over all ranks into the last bucket; the rest rode with them."""
+        buffer = bucket.buffer()
+        self._note_received(bucket, total)
         size = buffer.numel()
         self._integers, self._sums = None, total[size:]
         future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
@@ -203,7 +234,7 @@ class SideBySideReducer(_IntegerSums):
             self._riders = riding
             self._dependent.backward(retain_graph=True)  # gives every parameter a gradient: DDP calls the hook
 
-    def recomputation(self) -> Pass:
+    def recomputation(self, *, idle: bool) -> Pass:  # noqa: ARG002 - its slices are empty then
         """The pass of micro-batches that another rank owns: of them nothing but checksums stays."""
         return self._network, _AtExit(self._recompute)
 
@@ -224,7 +255,7 @@ class SideBySideReducer(_IntegerSums):
         """
         assert bucket.is_last()
         total = sum_over_ranks(torch.cat([*self._pieces(bucket), *self._riders]))
-        return self._hand_out(total, bucket.buffer())
+        return self._hand_out(total, bucket)
 
 
 class ExactReducer(_IntegerSums):
@@ -266,48 +297,44 @@ class ExactReducer(_IntegerSums):
             self._add_waiting()
         gradients = self._take_gradients()
         self._waiting += gradients
+        if self._buffers is not None:
+            self._buffers.take_changes()
         if self._checksums is not None:
-            self._checksums.own.append(self._checksum_of(gradients))
+            self._checksums.own.append(self._checksum_of(gradients, self._buffers))
 
     def _take_gradients(self) -> list[Tensor]:
-        """The gradients of one micro-batch, which are cleared; its changes of buffers are taken out."""
+        """The gradients of one micro-batch, which are cleared."""
         gradients = []
         for name, parameter in self._named:
             if parameter.grad is None:
                 raise ValueError(self._without_gradient(name))
             gradients.append(parameter.grad)
             parameter.grad = None
-        if self._buffers is not None:
-            self._buffers.take_changes()
         return gradients
 
-    def recomputation(self) -> Pass:
+    def recomputation(self, *, idle: bool) -> Pass:
         """The pass of a micro-batch that another rank owns: of it nothing but a checksum stays."""
         for parameter in self._parameters:
             parameter.grad = None
-        return self._accumulating[0], _AtExit(self._recompute)
+        return self._accumulating[0], _AtExit(partial(self._recompute, idle=idle))
 
-    def _recompute(self) -> None:
-        gradients = self._take_gradients()
+    def _recompute(self, *, idle: bool) -> None:
+        gradients, buffers = self._take_gradients(), self._buffers
+        if buffers is not None:  # an empty micro-batch changes nothing that counts
+            buffers.put_back() if idle else buffers.take_changes()
         assert self._checksums is not None
-        self._checksums.again.append(self._checksum_of(gradients))
+        self._checksums.again.append(self._checksum_of(gradients, None if idle else buffers))
         self._tally.take_apart()
-        if self._buffers is not None:
-            self._buffers.changes()
-            self._buffers.counts()
+        if buffers is not None:
+            buffers.changes()
+            buffers.counts()
 
-    def _checksum_of(self, gradients: list[Tensor]) -> Tensor:
+    def _checksum_of(self, gradients: list[Tensor], buffers: Buffers | None) -> Tensor:
         """The checksum of the integers that the last micro-batch adds to all sums but the accuracy's; of shape [1]."""
-        changes, counts = self._buffers.latest() if self._buffers is not None else ([], [])
+        changes, counts = buffers.latest() if buffers is not None else ([], [])
         row = _flatten_dense_tensors([*gradients, *_scaled(self._tally.latest(), changes)])
         below = torch.linalg.vector_norm(row, torch.inf) < self._limit
         return checksum(torch.cat([quantize(row, GRADIENT_BITS), *counts])).where(below, OUT_OF_RANGE)
-
-    def _note_sent(self, pieces: Iterable[Tensor], places: Iterable[int]) -> None:
-        """Note the checksums of integers that this rank sends; `places`: of their parameters."""
-        if self._checksums is not None:
-            for piece, place in zip(pieces, places, strict=True):
-                self._checksums.sent += checksum(piece, self._offsets[place])
 
     def finish(self) -> None:
         """End a step's last backward pass, in which the hook has put the sums in place."""
@@ -326,8 +353,8 @@ class ExactReducer(_IntegerSums):
         self.accumulate()
         values, accuracy = self._tally.take_apart()
         units = self._add_waiting(*self._to_round(values))
-        assert self._integers is not None
-        self._note_sent([self._integers], [0])
+        if self._checksums is not None and self._integers is not None:
+            self._checksums.sent += checksum(self._integers)
         self._deliver(self._all_riding(units, len(values), accuracy))
         self._end_step()
 
@@ -342,7 +369,7 @@ class ExactReducer(_IntegerSums):
         if not bucket.is_last():
             integers = self._rounded([buffer])
             self._add_accumulated(integers, bucket)
-            return _sum_meanwhile(buffer, integers)
+            return self._sum_meanwhile(bucket, integers)
         if self._buffers is not None:
             # The forward pass is over. An empty micro-batch changes nothing that counts.
             self._buffers.put_back() if self._idle else self._buffers.take_changes()
@@ -354,16 +381,27 @@ class ExactReducer(_IntegerSums):
         riding = self._all_riding(units, len(values), accuracy)
         # Waits right here: nothing is left to compute meanwhile, and handing the result over between threads costs more
         # than the sum of a small model.
-        return self._hand_out(sum_over_ranks(torch.cat([integers, *riding])), buffer)
+        return self._hand_out(sum_over_ranks(torch.cat([integers, *riding])), bucket)
+
+    def _sum_meanwhile(self, bucket: GradBucket, local: Tensor) -> Future[Tensor]:
+        """Sum a bucket while the backward pass goes on."""
+        buffer = bucket.buffer()
+
+        def deliver(summed: Future[list[Tensor]]) -> Tensor:
+            # Reading the value raises if the all-reduce failed; otherwise the rank would go on with its own sums.
+            total = summed.value()[0]
+            self._note_received(bucket, total)
+            return dequantize(total, GRADIENT_BITS, out=buffer)
+
+        future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
+        return future
 
     def _add_accumulated(self, integers: Tensor, bucket: GradBucket) -> None:
         """Add the integers of the micro-batches before to a bucket's `integers`."""
         if self._integers is not None:
             integers += torch.cat(self._pieces(bucket))
         if self._checksums is not None:
-            parameters = bucket.parameters()
-            pieces = integers.split([parameter.numel() for parameter in parameters])
-            self._note_sent(pieces, [self._places[id(parameter)] for parameter in parameters])
+            self._checksums.sent += self._checksum_of_bucket(bucket, integers)
 
     def _add_waiting(self, *riding: Tensor) -> Tensor:
         """Round each waiting micro-batch's gradients by themselves and add them to the rank's integers.
@@ -400,7 +438,7 @@ class ExactReducer(_IntegerSums):
         changes = [] if buffers is None else [buffers.added_up(units[count:]), buffers.counts()]
         riding = [*self._riding(by_name, accuracy, below), *changes]
         if self._checksums is not None:
-            self._note_sent([torch.cat([by_name, *changes])], [-1])
+            self._checksums.sent += checksum(torch.cat([by_name, *changes]), self._size)
             riding.append(self._checksums.row(below))
         return riding
 
@@ -419,17 +457,6 @@ class ExactReducer(_IntegerSums):
 def _scaled(values: Tensor, changes: list[Tensor]) -> list[Tensor]:
     """Losses and metrics, and changes of buffers, in the unit of gradients."""
     return [values * LOSS_SCALE, *(change * BUFFER_SCALE for change in changes)]
-
-
-def _sum_meanwhile(buffer: Tensor, local: Tensor) -> Future[Tensor]:
-    """Sum a bucket into `buffer` while the backward pass goes on."""
-
-    def deliver(summed: Future[list[Tensor]]) -> Tensor:
-        # Reading the value raises if the all-reduce failed; otherwise the rank would go on with its own sums.
-        return dequantize(summed.value()[0], GRADIENT_BITS, out=buffer)
-
-    future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
-    return future
 
 
 class _AtExit:

@@ -269,7 +269,11 @@ class Loaded:
         return self._read_here(epoch, samples)
 
     def _read_here(self, epoch: int, samples: dict[int, Tensor]) -> list[MicroBatch]:
-        """The micro-batches of `samples` by number, read by the rank, whose random numbers stay as they are."""
+        """The micro-batches of `samples` by number, read by the rank, whose random numbers stay as they are.
+
+        Ends the workers, which may share open files with it.
+        """
+        self.close()
         states = RandomStates()
         content = self._reader[Request(epoch, torch.cat(list(samples.values())).tolist())] if samples else ""
         states.restore()

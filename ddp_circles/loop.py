@@ -226,7 +226,7 @@ def local_steps(training: Training, progress: Progress, sharding: Sharding) -> I
             (*piece[1:], *way)
             for piece, way in zip(seeded(pieces or [training.train_set.nothing]), passes, strict=True)
         )
-        if training.audit is not None:
+        if training.audit is not None and training.audit.is_due(number):
             share = partial(_share, training, progress.epoch, step, order, sharding)
             micro_batches = training.audit.around(micro_batches, pieces, number, share, seeded)
         yield Step(number=number, weight=weight if step < last else last_weight, micro_batches=micro_batches)

@@ -35,6 +35,7 @@ from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.world import World, open_world, telling_others
 from ddp_circles.loading import Loaded
 from ddp_circles.metrics import LocalTally, Metric, Progress
+from ddp_circles.micro_batches import Source
 from ddp_circles.models import state_of
 from ddp_circles.optimization import MakeOptimizer, MakeScheduler, Optimization
 from ddp_circles.passes import choose_passes
@@ -144,7 +145,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     tally = LocalTally(world.device, metrics=given.metrics, accuracy=verdict.has_accuracy, exact=exact)
     buffers = Buffers(bare, verdict.buffers) if exact and verdict.buffers else None
     reducer = _make_reducer(config, world, passes.network, tally, buffers)
-    audit = _make_audit(config, world, found, bare, reducer)
+    audit = _make_audit(config, world, found, bare, reducer, passes.train_set)
     if audit is not None and isinstance(passes.train_set, Loaded):
         passes.train_set.watched = audit.watched
     seeded = verdict.draws or passes.read_in_rank or optimization.may_draw
@@ -191,6 +192,8 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
     try:
         with recorder.running(progress, config.to_toml()), passes.reading():
             loop.train(training, epochs=config.epochs, progress=progress)
+            if audit is not None:
+                audit.finish(recorder.global_step(progress))
             recorder.finish(
                 progress,
                 summary=_summary(config, world, found, recorder, progress, samples, passes.way)
@@ -242,6 +245,7 @@ def _make_audit(
     found: Found,
     bare: nn.Module,
     reducer: ExactReducer | SideBySideReducer | FastReducer,
+    train_set: Source,
 ) -> Audit | None:
     """The audit of every so many steps, if there is one; raises `UserError` if the ranks are not of one kind."""
     if not config.audit_steps or isinstance(reducer, FastReducer):
@@ -253,7 +257,7 @@ def _make_audit(
             "are alike, or leave it out"
         )
     weights = [parameter for parameter in bare.parameters() if parameter.requires_grad]
-    return Audit(config.audit_steps, world, reducer, weights, found.state.get("audits", 0))
+    return Audit(config.audit_steps, world, reducer, train_set.nothing, weights, found.state.get("audits", 0))
 
 
 def _make_writer(

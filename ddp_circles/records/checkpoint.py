@@ -122,6 +122,12 @@ class Checkpoints:
                 old.unlink()
         return path
 
+    def delete_after(self, step: int) -> None:
+        """Delete those that were written after more than `step` global steps."""
+        for path in self.files():
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink(missing_ok=True)
+
     def load_newest(self) -> tuple[State, list[str]]:
         """The newest good checkpoint's state, empty where there is none, and a warning for each one passed over.
 

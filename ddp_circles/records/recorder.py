@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from ddp_circles.constancy import Constancy
-from ddp_circles.errors import FileError, RunDirTakenError, StopRequestedError
+from ddp_circles.errors import FileError, HardwareError, RunDirTakenError, StopRequestedError
 from ddp_circles.job.rehearsal import Rehearsal
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.watch import Watch
@@ -179,6 +179,8 @@ class Recorder:
             raise
         except BaseException as error:
             try:
+                if isinstance(error, HardwareError) and error.sound_step is not None:
+                    writer.run_dir.checkpoints.delete_after(error.sound_step)
                 writer.run_dir.set_status("stopped" if isinstance(error, StopRequestedError) else "failed")
             except (OSError, RunDirTakenError) as second:  # the first error is the one that ends the run
                 warn(f"the status stays as it was: {second}")

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ddp_circles import Config, Dataset, Split, fit
+from ddp_circles import run as run_module
+from ddp_circles.job.faults import Fault
+from ddp_circles.job.rehearsal import Rehearsal
+from ddp_circles.job.sums import sum_over_ranks
 from ddp_circles.loading import Loaded
 from tests.harness.ranks import Job, Outcome
 from tests.harness.runs import QUIET, Bits, bits, checkpoint_steps, finish, run, status, train_hastily
@@ -233,6 +237,7 @@ def test_a_lasting_fault_is_named_by_three_ranks_and_by_nobody_among_two(
             assert accused(output, rank, 8) == expected, output
         assert ("the fault lasts" in outputs[0]) == (size == 3)
         assert outputs[0].count("(host ") == (1 if size == 3 else 2)  # both are told where they are
+        assert "checkpoints after step 4 are deleted" in outputs[0]
 
 
 def test_one_rank_does_not_see_a_fault_that_repeats_to_the_bit(tmp_path: Path) -> None:
@@ -263,29 +268,122 @@ def test_a_training_that_diverges_is_no_fault_of_the_hardware(way: tuple[str, ..
         assert "audit of step" not in outcome.output
 
 
-def change_weights(folder: Path, victim: int) -> None:
-    """Train while the weights of one rank change by themselves after step 4."""
+def change_weights(folder: Path, victim: int, after: int) -> None:
+    """Train while the weights of one rank change by themselves after so many steps."""
     original, steps = Adam.step, 0
 
     def step(optimizer: Adam) -> Any:
         nonlocal steps
         steps += 1
         original(optimizer)
-        if steps == 5 and torch.distributed.get_rank() == victim:
+        if steps == after and torch.distributed.get_rank() == victim:
             optimizer.param_groups[0]["params"][0].data.view(-1)[0] += 2.0**-20
 
     with patch.object(Adam, "step", step):
         fit(Config(run_dir=folder, audit_steps=6, **SETTINGS))
 
 
-@pytest.mark.parametrize(("size", "expected"), [(3, [1]), (2, [])])
-def test_weights_that_changed_by_themselves_are_found(size: int, expected: list[int], tmp_path: Path) -> None:
-    with Job(change_weights, size, tmp_path, 1) as job:
+@pytest.mark.parametrize(
+    ("size", "victim", "after", "found_in", "alike_before", "expected"),
+    [
+        (3, 1, 5, 6, 0, [1]),
+        (3, 0, 8, 12, 6, [0]),
+        (2, 1, 5, 6, 0, []),
+        (3, 1, 20, STEPS, 18, [1]),  # at the end of the run, after its last audit
+    ],
+)
+def test_weights_that_changed_by_themselves_are_found_and_do_not_come_back(
+    size: int, victim: int, after: int, found_in: int, alike_before: int, expected: list[int], tmp_path: Path
+) -> None:
+    with Job(change_weights, size, tmp_path / "run", victim, after) as job:
         outcomes: list[Outcome] = job.wait(60)
     for outcome in outcomes:
         assert outcome.code == 1, outcome.output
-        assert accused(outcome.output, outcome.rank, 6) == expected
-        assert "the weights changed after step 0" in outcome.output
+        assert accused(outcome.output, outcome.rank, found_in) == expected
+        assert f"alike before step {alike_before}" in outcome.output
+    assert status(tmp_path / "run") == "failed"
+    clean = finish(1, tmp_path / "clean", *FLAGS)
+    assert finish(size, tmp_path / "run", *FLAGS, "--audit-steps=6") == clean
+
+
+def add_wrongly(folder: Path, *victims: int) -> None:
+    """Train while some ranks receive a sum in which one bit of one element is wrong."""
+    calls = 0
+
+    def add(numbers: Tensor) -> Tensor:
+        nonlocal calls
+        total, calls = sum_over_ranks(numbers), calls + 1
+        if calls == 5 and torch.distributed.get_rank() in victims:
+            total[7] ^= 1 << 30
+        return total
+
+    with patch("ddp_circles.exact.sum_over_ranks", add):
+        fit(Config(run_dir=folder, audit_steps=4, **SETTINGS))
+
+
+@pytest.mark.parametrize("victims", [(0, 1), (1,)])
+def test_a_sum_that_arrives_wrong_is_not_applied(victims: tuple[int, ...], tmp_path: Path) -> None:
+    with Job(add_wrongly, 2, tmp_path / "run", *victims) as job:
+        outcomes = job.wait(60)
+    for outcome in outcomes:
+        assert outcome.code == 1, outcome.output
+        told = f"rank {outcome.rank}: audit of step 4: rank {outcome.rank} (host "
+        if outcome.rank in victims:
+            assert told in outcome.output
+            assert "received another sum than all ranks have sent" in outcome.output
+        else:
+            assert "lost a peer: rank 1 (host " in outcome.output
+            assert "raised HardwareError" in outcome.output
+    assert checkpoint_steps(tmp_path / "run")[0] == (
+        4 if 0 in victims else 5
+    )  # rank 0 received, and applied, the right one
+    assert finish(2, tmp_path / "run", *FLAGS, "--audit-steps=4") == finish(1, tmp_path / "clean", *FLAGS)
+
+
+def fail_in_recomputation(folder: Path) -> None:
+    """Train while rank 1 computes wrong what it recomputes for another rank, and its own right."""
+
+    def rehearsal(fault: Fault, marker: Path, weights: Tensor, recomputing: Callable[[], bool]) -> Rehearsal:
+        return Rehearsal(fault, marker, weights, lambda: not recomputing())
+
+    with patch.object(run_module, "Rehearsal", rehearsal):
+        fit(Config(run_dir=folder, audit_steps=3, fault="flip@1:6", **SETTINGS))
+
+
+def test_a_rank_that_is_wrong_about_another_is_named_itself(tmp_path: Path) -> None:
+    with Job(fail_in_recomputation, 3, tmp_path) as job:
+        outcomes = job.wait(60)
+    for outcome in outcomes:
+        assert outcome.code == 1
+        assert accused(outcome.output, outcome.rank, 6) == [1]
+
+
+class WithMean(nn.Module):
+    """A model whose gradient for no sample is no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 1)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.linear(inputs).squeeze(1) + self.weight * inputs.mean()
+        return logits
+
+
+def train_with_an_idle_rank(folder: Path) -> None:
+    data = Split(Dataset(INPUTS[:100], TARGETS[:100]), Dataset(INPUTS[100:], TARGETS[100:]))
+    torch.manual_seed(1)
+    fit(Config(run_dir=folder, audit_steps=1, micro_batches=2, **SETTINGS), model=WithMean(), data=data)
+
+
+def test_a_model_that_is_no_number_without_samples_is_no_fault_of_the_hardware(tmp_path: Path) -> None:
+    with Job(train_with_an_idle_rank, 3, tmp_path) as job:
+        outcomes = job.wait(60)
+    for outcome in outcomes:
+        assert outcome.code == 1
+        assert "were not finite" in outcome.output, outcome.output
+        assert "audit of step" not in outcome.output
 
 
 def test_after_a_finding_the_run_goes_on_from_its_checkpoint_and_counts_its_audits(tmp_path: Path) -> None:
