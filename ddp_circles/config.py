@@ -56,7 +56,8 @@ class Config:
         wandb: Weights & Biases; auto: online where credentials are configured, else offline.
         wandb_project: Project of the tracked run.
         plots: Draw the decision boundary and the learning curves at the end of the run.
-        fault: Rehearse a fault: kill, raise, stall, nan, flip or warp, as KIND@RANK:STEP; once per run directory.
+        fault: Rehearse a fault: kill, raise, stall, nan, flip or warp, as KIND@RANK:STEP, once per run directory; flip
+            and warp also :STEP+, from there on.
         threads: CPU threads per rank.
         timeout: Seconds that a collective may take.
 
