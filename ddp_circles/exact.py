@@ -21,7 +21,7 @@ small network side by side, in one pass (`SideBySideReducer`), through any other
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import accumulate
@@ -135,15 +135,8 @@ class _IntegerSums(ABC):
         """Let the next steps go unaudited."""
         self._checksums = None
 
-    def _note_received(self, bucket: GradBucket, total: Tensor) -> None:
-        """Note the checksum of a bucket's part of the sum over all ranks, which `total` begins with."""
-        if self._checksums is not None:
-            received = self._checksum_of_bucket(bucket, total[: bucket.buffer().numel()])
-            self._checksums.received.append(received)
-
-    def _checksum_of_bucket(self, bucket: GradBucket, integers: Tensor) -> Tensor:
-        """The checksum of integers that lie as in `bucket`; int64 of shape [1]."""
-        parameters = bucket.parameters()
+    def _checksum_of(self, parameters: Sequence[Tensor], integers: Tensor) -> Tensor:
+        """The checksum of integers that lie one behind the other as `parameters` do; int64 of shape [1]."""
         pieces = integers.split([parameter.numel() for parameter in parameters])
         placed = sorted(zip((self._places[id(one)] for one in parameters), pieces, strict=True), key=itemgetter(0))
         total, begin = torch.zeros_like(self._flags[0]), 0
@@ -184,8 +177,9 @@ class _IntegerSums(ABC):
     def _hand_out(self, total: Tensor, bucket: GradBucket) -> Future[Tensor]:
         """Put the gradients at the head of a sum over all ranks into the last bucket; the rest rode with them."""
         buffer = bucket.buffer()
-        self._note_received(bucket, total)
         size = buffer.numel()
+        if self._checksums is not None:
+            self._checksums.received.append(self._checksum_of(bucket.parameters(), total[:size]))
         self._integers, self._sums = None, total[size:]
         future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
         future.set_result(dequantize(total[:size], GRADIENT_BITS, out=buffer))
@@ -300,7 +294,7 @@ class ExactReducer(_IntegerSums):
         if self._buffers is not None:
             self._buffers.take_changes()
         if self._checksums is not None:
-            self._checksums.own.append(self._checksum_of(gradients, self._buffers))
+            self._checksums.own.append(self._checksum_of_pass(gradients, self._buffers))
 
     def _take_gradients(self) -> list[Tensor]:
         """The gradients of one micro-batch, which are cleared."""
@@ -323,13 +317,13 @@ class ExactReducer(_IntegerSums):
         if buffers is not None:  # an empty micro-batch changes nothing that counts
             buffers.put_back() if idle else buffers.take_changes()
         assert self._checksums is not None
-        self._checksums.again.append(self._checksum_of(gradients, None if idle else buffers))
+        self._checksums.again.append(self._checksum_of_pass(gradients, None if idle else buffers))
         self._tally.take_apart()
         if buffers is not None:
             buffers.changes()
             buffers.counts()
 
-    def _checksum_of(self, gradients: list[Tensor], buffers: Buffers | None) -> Tensor:
+    def _checksum_of_pass(self, gradients: list[Tensor], buffers: Buffers | None) -> Tensor:
         """The checksum of the integers that the last micro-batch adds to all sums but the accuracy's; of shape [1]."""
         changes, counts = buffers.latest() if buffers is not None else ([], [])
         row = _flatten_dense_tensors([*gradients, *_scaled(self._tally.latest(), changes)])
@@ -385,12 +379,14 @@ class ExactReducer(_IntegerSums):
 
     def _sum_meanwhile(self, bucket: GradBucket, local: Tensor) -> Future[Tensor]:
         """Sum a bucket while the backward pass goes on."""
-        buffer = bucket.buffer()
+        buffer, checksums = bucket.buffer(), self._checksums
+        parameters = bucket.parameters() if checksums is not None else []
 
         def deliver(summed: Future[list[Tensor]]) -> Tensor:
             # Reading the value raises if the all-reduce failed; otherwise the rank would go on with its own sums.
             total = summed.value()[0]
-            self._note_received(bucket, total)
+            if checksums is not None:
+                checksums.received.append(self._checksum_of(parameters, total))
             return dequantize(total, GRADIENT_BITS, out=buffer)
 
         future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
@@ -401,7 +397,7 @@ class ExactReducer(_IntegerSums):
         if self._integers is not None:
             integers += torch.cat(self._pieces(bucket))
         if self._checksums is not None:
-            self._checksums.sent += self._checksum_of_bucket(bucket, integers)
+            self._checksums.sent += self._checksum_of(bucket.parameters(), integers)
 
     def _add_waiting(self, *riding: Tensor) -> Tensor:
         """Round each waiting micro-batch's gradients by themselves and add them to the rank's integers.

@@ -40,7 +40,7 @@ def _read(nvml: Any, gpu: Any) -> dict[str, int]:
     counters: dict[str, int] = {}
 
     def note(read: Callable[[], dict[str, int]]) -> None:
-        with suppress(nvml.NVMLError):  # this GPU or its driver has no such counter
+        with suppress(nvml.NVMLError, AttributeError):  # this GPU, its driver or that package has no such counter
             counters.update(read())
 
     def errors(kind: int) -> int:

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "seed": 43,
     "reduction": "fast",
     "micro_batches": 4,
+    "audit_steps": 5,
     "device": "cpu",
     "backend": "gloo",
     "run_dir": Path("elsewhere"),

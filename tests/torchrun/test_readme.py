@@ -40,14 +40,14 @@ def newcomers_environment() -> dict[str, str]:
 
 
 @pytest.mark.thorough
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1300)
 def test_every_command_does_what_it_says(folder: Path) -> None:
     commands = [block for block in blocks("bash") if not block.startswith(TESTS)]
     assert len(commands) >= 6
     script = "".join(f"echo '### {number}'\n{command}" for number, command in enumerate(commands))
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder, env=newcomers_environment(), capture_output=True, text=True, timeout=800, stdin=subprocess.DEVNULL,
+        cwd=folder, env=newcomers_environment(), capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     for command, printed in zip(commands, re.split(r"^### \d+\n", done.stdout, flags=re.MULTILINE)[1:], strict=True):

@@ -70,6 +70,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "seed": [-1, 2**32],
     "reduction": ["quick"],
     "micro_batches": [0, -1, 10**20],
+    "audit_steps": [-1],
     "device": ["tpu"],
     "backend": ["mpi"],
     "resume": ["perhaps"],
