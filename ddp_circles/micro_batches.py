@@ -94,12 +94,13 @@ class OneByOne(_Held):
             index = order[number :: sharding.micro_batches][begin:end].to(inputs.device)
             blocks[number] = inputs[index], targets[index]
         for step in range(first, stop):
-            micro_batches = []
-            for number, (block_inputs, block_targets) in blocks.items():
-                start, end = (bound - begins[number] for bound in sharding.bounds(step, number))
-                if start < end:
-                    micro_batches.append(MicroBatch(number, block_inputs[start:end], block_targets[start:end]))
-            yield micro_batches
+            parts = [(number, sharding.bounds(step, number)) for number in blocks]
+            cuts = {number: slice(low - begins[number], high - begins[number]) for number, (low, high) in parts}
+            yield [
+                MicroBatch(number, blocks[number][0][cut], blocks[number][1][cut])
+                for number, cut in cuts.items()
+                if cut.start < cut.stop
+            ]
 
 
 class Slices(_Held):
