@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -276,7 +277,7 @@ def change_weights(folder: Path, victim: int, after: int) -> None:
         nonlocal steps
         steps += 1
         original(optimizer)
-        if steps == after and torch.distributed.get_rank() == victim:
+        if steps == after and dist.get_rank() == victim:
             optimizer.param_groups[0]["params"][0].data.view(-1)[0] += 2.0**-20
 
     with patch.object(Adam, "step", step):
@@ -313,7 +314,7 @@ def add_wrongly(folder: Path, *victims: int) -> None:
     def add(numbers: Tensor) -> Tensor:
         nonlocal calls
         total, calls = sum_over_ranks(numbers), calls + 1
-        if calls == 5 and torch.distributed.get_rank() in victims:
+        if calls == 5 and dist.get_rank() in victims:
             total[7] ^= 1 << 30
         return total
 
@@ -338,6 +339,32 @@ def test_a_sum_that_arrives_wrong_is_not_applied(victims: tuple[int, ...], tmp_p
         4 if 0 in victims else 5
     )  # rank 0 received, and applied, the right one
     assert finish(2, tmp_path / "run", *FLAGS, "--audit-steps=4") == finish(1, tmp_path / "clean", *FLAGS)
+
+
+def add_a_bucket_wrongly(folder: Path) -> None:
+    """Train while rank 1 receives a wrong sum of a bucket that is not the last one."""
+    original, calls = dist.all_reduce, 0
+
+    def all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        work = original(tensor, *arguments, **options)
+        if options.get("async_op"):
+            calls += 1
+            work.wait()
+            if calls == 5 and dist.get_rank() == 1:
+                tensor[3] ^= 1 << 30
+        return work
+
+    with patch.object(dist, "all_reduce", all_reduce):
+        fit(Config(run_dir=folder, audit_steps=1, **SETTINGS | WAYS["one by one"][1]))
+
+
+def test_the_sum_of_each_bucket_is_held_against_what_was_sent(tmp_path: Path) -> None:
+    with Job(add_a_bucket_wrongly, 2, tmp_path) as job:
+        outcomes = job.wait(60)
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    assert "received another sum than all ranks have sent" in outcomes[1].output
+    assert "rank 1 (host " in outcomes[0].output
 
 
 def fail_in_recomputation(folder: Path) -> None:
