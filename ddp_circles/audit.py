@@ -83,7 +83,8 @@ class Audit:
             if received and not published.arrived(received):
                 raise HardwareError(
                     f"audit of step {step}: {self._name()} received another sum than all ranks have sent: the network "
-                    "or the addition is at fault. The step was not applied; the run goes on from its last checkpoint"
+                    "or the addition is at fault. The step was not applied; the same command goes on from the last "
+                    "checkpoint"
                 )
         self.reducer.end_audit()
         self.count += 1
@@ -161,7 +162,7 @@ class Audit:
         raise HardwareError(
             f"audit of step {step}: {told}. This is a fault of hardware, or of a model whose results depend on more "
             f"than its inputs; the step was not applied{deleted}. Take the device out of the job, or check it with "
-            "python -m ddp_circles.verify; the run goes on from its last checkpoint",
+            "python -m ddp_circles.verify; the same command goes on from the last checkpoint",
             sound_step,
         )
 
