@@ -99,6 +99,10 @@ class Audit:
         distance = 1 + step // self.every % (size - 1) if size > 1 else 0
         return Layout(size, self.reducer.micro_batches, distance)
 
+    def _audited_before(self, step: int) -> int:
+        """The last step before `step` that was audited."""
+        return max(0, (step - 1) // self.every * self.every)
+
     def _numbers(self, pieces: list[MicroBatch], rank: int) -> list[int]:
         """The numbers of the micro-batches that the `pieces` of `rank` hold; without a sample its own number."""
         if isinstance(self.reducer, SideBySideReducer):
@@ -134,13 +138,13 @@ class Audit:
         parties = sorted({rank for number in disputed for rank in layout.parties(number)})
         dispute = f"the ranks disagree on {layout.spell(disputed)}"
         lasts = not deeds or any(deed.endswith(LASTS) for deed in deeds.values())
-        self._accuse(step, deeds, dispute, parties, sound_step=max(0, step - self.every) if lasts else None)
+        self._accuse(step, deeds, dispute, parties, sound_step=self._audited_before(step) if lasts else None)
 
     def _check_weights(self, weights: list[int], step: int) -> None:
         """Raise `HardwareError` on all ranks if not all had the same weights before `step`."""
         if len(set(weights)) == 1:
             return
-        usual, sound = majority(weights), max(0, (step - 1) // self.every * self.every)
+        usual, sound = majority(weights), self._audited_before(step)
         odd = [rank for rank, found in enumerate(weights) if usual is not None and found != usual]
         deeds = dict.fromkeys(odd, f"holds other weights than the others, which were alike before step {sound}")
         dispute = f"the weights differ, which were alike before step {sound}"

@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ddp_circles.terminal import spell_numbers
+
+T = TypeVar("T")
 
 OUT_OF_RANGE = 1
 """Takes the place of a checksum of numbers beyond the range of the exact sums."""
@@ -187,7 +190,7 @@ def judge(published: Published, third: Sequence[Sequence[int]]) -> dict[int, str
     return {rank: f"computed {layout.spell(numbers)} {ENDINGS[endings[rank]]}" for rank, numbers in wrong.items()}
 
 
-def majority(values: Sequence[int]) -> int | None:
+def majority(values: Sequence[T]) -> T | None:
     """The value that more than half of `values` are, if there is one."""
     value, count = Counter(values).most_common(1)[0]
     return value if 2 * count > len(values) else None

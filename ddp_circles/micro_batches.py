@@ -60,40 +60,32 @@ class _Held(ABC):
         """The number of samples."""
         return len(self._samples.inputs)
 
-    @abstractmethod
-    def steps(
-        self, order: Tensor, sharding: Sharding, *, first: int, epoch: int, stop: int | None = None
-    ) -> Iterator[list[MicroBatch]]:
-        """For each step from `first` on, before `stop`: this rank's micro-batches, without those without a sample."""
+    def steps(self, order: Tensor, sharding: Sharding, *, first: int, epoch: int) -> Iterator[list[MicroBatch]]:  # noqa: ARG002
+        """For each step from `first` on: this rank's micro-batches, without those that hold no sample."""
+        return self._cut(order, sharding, range(first, sharding.steps))
 
-    def share(self, order: Tensor, sharding: Sharding, *, step: int, epoch: int) -> list[MicroBatch]:
+    def share(self, order: Tensor, sharding: Sharding, *, step: int, epoch: int) -> list[MicroBatch]:  # noqa: ARG002
         """The micro-batches of one step and of any rank's `sharding`."""
-        return next(self.steps(order, sharding, first=step, epoch=epoch, stop=step + 1))
+        return next(self._cut(order, sharding, range(step, step + 1)))
+
+    @abstractmethod
+    def _cut(self, order: Tensor, sharding: Sharding, steps: range) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of each of `steps`, which follow each other."""
 
 
 class OneByOne(_Held):
     """Tensors, from which each micro-batch is taken by itself."""
 
-    def steps(
-        self,
-        order: Tensor,
-        sharding: Sharding,
-        *,
-        first: int,
-        epoch: int,  # noqa: ARG002
-        stop: int | None = None,
-    ) -> Iterator[list[MicroBatch]]:
-        """For each step from `first` on, before `stop`: this rank's micro-batches, without those without a sample."""
+    def _cut(self, order: Tensor, sharding: Sharding, steps: range) -> Iterator[list[MicroBatch]]:
         inputs, targets = self._samples
-        stop = sharding.steps if stop is None else stop
         # A micro-batch's samples of all steps are put in order together, and lie in one block; a step takes a part.
         begins, blocks = {}, {}
         for number in sharding.owned():
-            begin, end = sharding.bounds(first, number)[0], sharding.bounds(stop - 1, number)[1]
+            begin, end = sharding.bounds(steps.start, number)[0], sharding.bounds(steps.stop - 1, number)[1]
             begins[number] = begin = begin // ALIGNED_ROWS * ALIGNED_ROWS
             index = order[number :: sharding.micro_batches][begin:end].to(inputs.device)
             blocks[number] = inputs[index], targets[index]
-        for step in range(first, stop):
+        for step in steps:
             parts = [(number, sharding.bounds(step, number)) for number in blocks]
             cuts = {number: slice(low - begins[number], high - begins[number]) for number, (low, high) in parts}
             yield [
@@ -110,27 +102,18 @@ class Slices(_Held):
     [slices * rows], there `IGNORED`.
     """
 
-    def steps(
-        self,
-        order: Tensor,
-        sharding: Sharding,
-        *,
-        first: int,
-        epoch: int,  # noqa: ARG002
-        stop: int | None = None,
-    ) -> Iterator[list[MicroBatch]]:
-        """For each step from `first` on, before `stop`: one, which holds this rank's micro-batches, also if empty."""
+    def _cut(self, order: Tensor, sharding: Sharding, steps: range) -> Iterator[list[MicroBatch]]:
+        """One for each of `steps`, which holds this rank's micro-batches, also if empty."""
         device = self._samples.inputs.device
-        stop = sharding.steps if stop is None else stop
         rows = rows_of(sharding.batch_size, sharding.micro_batches)
         slices = slices_of(sharding.micro_batches, sharding.world_size)
         order, occupied = order.to(device), len(sharding.owned())
         numbers = torch.arange(slices, device=device).view(-1, 1) * sharding.world_size + sharding.rank
         row_starts = torch.arange(rows, device=device) * sharding.micro_batches
         at_once = max(1, BLOCK_ROWS // (slices * rows))
-        for begin in range(first, stop, at_once):
-            steps = torch.arange(begin, min(begin + at_once, stop), device=device).view(-1, 1, 1)
-            start = steps * sharding.batch_size
+        for begin in range(0, len(steps), at_once):
+            part = steps[begin : begin + at_once]
+            start = torch.arange(part.start, part.stop, device=device).view(-1, 1, 1) * sharding.batch_size
             positions = start + (numbers - start) % sharding.micro_batches + row_starts
             taken = positions < (start + sharding.batch_size).clamp(max=sharding.samples)
             taken[:, occupied:] = False

@@ -197,7 +197,7 @@ def _fit_in_world(config: Config, world: World, at_end: ExitStack, given: Intake
             recorder.finish(
                 progress,
                 summary=_summary(config, world, found, recorder, progress, samples, passes.way)
-                | {"audits": audit.count if audit is not None else found.state.get("audits", 0)},
+                | {"audits": _count_audits(found, audit)},
                 draw=partial(_draw, config, bare, verdict.parts, path),
             )
     except StopRequestedError:
@@ -250,14 +250,18 @@ def _make_audit(
     """The audit of every so many steps, if there is one; raises `UserError` if the ranks are not of one kind."""
     if not config.audit_steps or isinstance(reducer, FastReducer):
         return None
-    kinds = world.gather({name: value for name, value in found.fingerprint.items() if name != COMPUTATION})
-    if odd := [name for name in kinds[0] if len({kind[name] for kind in kinds}) > 1]:
+    if odd := [name for name in found.mixed if name != COMPUTATION]:  # by that alone, a device is broken
         raise UserError(
             f"--audit-steps compares ranks of one kind, and these differ in {', '.join(odd)}: train on machines that "
             "are alike, or leave it out"
         )
     weights = [parameter for parameter in bare.parameters() if parameter.requires_grad]
-    return Audit(config.audit_steps, world, reducer, train_set.nothing, weights, found.state.get("audits", 0))
+    return Audit(config.audit_steps, world, reducer, train_set.nothing, weights, _count_audits(found, None))
+
+
+def _count_audits(found: Found, audit: Audit | None) -> int:
+    """Steps of the run that were audited, in earlier starts too."""
+    return audit.count if audit is not None else int(found.state.get("audits", 0))
 
 
 def _make_writer(
@@ -291,7 +295,7 @@ def _make_writer(
             "fingerprint": found.fingerprint,
             "tracking_id": tracking_id,
             "starts": found.launches,
-            "audits": audit.count if audit is not None else found.state.get("audits", 0),
+            "audits": _count_audits(found, audit),
         },
     )
 

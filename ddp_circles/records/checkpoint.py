@@ -109,9 +109,12 @@ class Checkpoints:
         """The checkpoint files, newest first."""
         return sorted(matching(self.folder, "step-*.checkpoint"), reverse=True)
 
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:012d}.checkpoint"
+
     def save(self, state: State, step: int) -> Path:
         """Write `state` after `step` global steps and drop the oldest files; an `OSError` leaves the others intact."""
-        path = self.folder / f"step-{step:012d}.checkpoint"
+        path = self._path(step)
         content = encode(state)
         self._check()
         write_atomically(path, content)
@@ -124,9 +127,9 @@ class Checkpoints:
 
     def delete_after(self, step: int) -> None:
         """Delete those that were written after more than `step` global steps."""
-        for path in self.files():
-            if int(path.stem.removeprefix("step-")) > step:
-                path.unlink(missing_ok=True)
+        self._check()
+        for later in [other for other in self.files() if other > self._path(step)]:
+            later.unlink()
 
     def load_newest(self) -> tuple[State, list[str]]:
         """The newest good checkpoint's state, empty where there is none, and a warning for each one passed over.

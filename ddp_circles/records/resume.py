@@ -44,6 +44,8 @@ class Found:
     """Everything besides the configuration that this rank's bits depend on."""
     launches: list[str]
     """The launchers' names of this launch, over all ranks."""
+    mixed: list[str]
+    """The entries of the fingerprint in which the ranks differ."""
 
     def note_way(self, way: str, ranks: Ranks) -> None:
         """Add to the fingerprint the way that micro-batches run; rank 0 warns if the run began in another one."""
@@ -93,7 +95,7 @@ def open_run(
     the digest of samples that do not follow from the other settings, or None.
     `fault_rank`: must be a rank of this world when the run is new.
     """
-    marks, launches = _compare_ranks(world, settings)
+    marks, launches, mixed = _compare_ranks(world, settings)
     opened = RunDir(run_dir or Path("runs") / _run_name(world))
 
     @naming(opened.path)
@@ -122,7 +124,7 @@ def open_run(
         return state, is_done
 
     state, is_done = world.on_rank_0(read)
-    return Found(opened, state, is_done, settings, marks, launches)
+    return Found(opened, state, is_done, settings, marks, launches, mixed)
 
 
 def _check_new_run(world: World, run_dir: RunDir, resume: str, fault_rank: int | None) -> None:
@@ -203,14 +205,15 @@ def _warn_of_changes(before: dict[str, str], now: dict[str, str]) -> None:
         warn(f"this run goes on where {'; '.join(changed)}: the same bits are not promised")
 
 
-def _compare_ranks(world: World, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """This rank's fingerprint, and the names of this launch on all ranks.
+def _compare_ranks(world: World, settings: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str]]:
+    """This rank's fingerprint, the names of this launch on all ranks, and the entries in which fingerprints differ.
 
     A mix of fingerprints is warned about, since then the same bits cannot be promised.
     """
     marks = fingerprint(world.device, settings["threads"])
     everyone, launches = zip(*world.gather((marks, world.ranks.launch)), strict=True)
-    for name in marks if world.ranks.is_main else ():
-        if len(kinds := sorted({other[name] for other in everyone})) > 1:
-            warn(f"the ranks differ in {name} ({', '.join(kinds)}): the same bits are not promised")
-    return marks, sorted({launch for launch in launches if launch is not None})
+    kinds = {name: sorted({other[name] for other in everyone}) for name in marks}
+    mixed = [name for name in marks if len(kinds[name]) > 1]
+    for name in mixed if world.ranks.is_main else ():
+        warn(f"the ranks differ in {name} ({', '.join(kinds[name])}): the same bits are not promised")
+    return marks, sorted({launch for launch in launches if launch is not None}), mixed

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ddp_circles.job.devices import device_uuid
-from ddp_circles.job.fingerprint import COMPUTATION, CPU_INFO, cpu_name, fingerprint
+from ddp_circles.job.fingerprint import COMPUTATION, CPU_INFO, cpu_name, device_name, fingerprint
 from ddp_circles.job.world import World
 
 Inventory = dict[str, str]
@@ -32,7 +32,7 @@ def take_inventory(world: World, threads: int) -> Inventory:
     return {
         "host": socket.gethostname(),
         "device": str(device),
-        "name": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
+        "name": device_name(device),
         "uuid": device_uuid(device),
         "driver": driver if on_cuda else "",
         "python": platform.python_version(),

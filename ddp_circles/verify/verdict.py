@@ -5,10 +5,11 @@ Lists have one entry for each rank, in the order of ranks; `kinds` are lists of 
 
 import re
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from ddp_circles.checksums import majority
 from ddp_circles.job.fingerprint import COMPUTATION
 from ddp_circles.job.ranks import spell_ranks
 from ddp_circles.terminal import visible
@@ -188,12 +189,6 @@ def _slow(rank: int, seconds: float, ratio: float, factor: float, others: int) -
 
 
 # ---- the training oracle
-
-
-def majority(keys: Sequence[str]) -> str | None:
-    """The most common key, if more than half of `keys` equal it."""
-    key, count = Counter(keys).most_common(1)[0]
-    return key if 2 * count > len(keys) else None
 
 
 def ranks_to_repeat(kinds: Iterable[Sequence[int]], alone: Sequence[Run]) -> list[int]:

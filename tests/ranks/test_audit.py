@@ -72,9 +72,12 @@ def train_default(config: Config) -> None:
     fit(config)
 
 
+def data(targets: Tensor = TARGETS) -> Split:
+    return Split(*(Dataset(INPUTS[part], targets[part]) for part in (slice(100), slice(100, None))))
+
+
 def train_own(config: Config) -> None:
-    data = Split(Dataset(INPUTS[:100], TARGETS[:100]), Dataset(INPUTS[100:], TARGETS[100:]))
-    fit(config, model=own_model(), data=data, max_grad_norm=1.0)
+    fit(config, model=own_model(), data=data(), max_grad_norm=1.0)
 
 
 def train_read(config: Config) -> None:
@@ -399,18 +402,8 @@ class WithMean(nn.Module):
 
 
 def train_with_an_idle_rank(folder: Path) -> None:
-    data = Split(Dataset(INPUTS[:100], TARGETS[:100]), Dataset(INPUTS[100:], TARGETS[100:]))
     torch.manual_seed(1)
-    fit(Config(run_dir=folder, audit_steps=1, micro_batches=2, **SETTINGS), model=WithMean(), data=data)
-
-
-def test_a_model_that_is_no_number_without_samples_is_no_fault_of_the_hardware(tmp_path: Path) -> None:
-    with Job(train_with_an_idle_rank, 3, tmp_path) as job:
-        outcomes = job.wait(60)
-    for outcome in outcomes:
-        assert outcome.code == 1
-        assert "were not finite" in outcome.output, outcome.output
-        assert "audit of step" not in outcome.output
+    fit(Config(run_dir=folder, audit_steps=1, micro_batches=2, **SETTINGS), model=WithMean(), data=data())
 
 
 def test_after_a_finding_the_run_goes_on_from_its_checkpoint_and_counts_its_audits(tmp_path: Path) -> None:
@@ -436,17 +429,24 @@ def train_with_a_large_loss(folder: Path) -> None:
 
     targets = TARGETS.clone()
     targets[7] = 1.5
-    data = Split(Dataset(INPUTS[:100], targets[:100]), Dataset(INPUTS[100:], TARGETS[100:]))
     with patch.object(Adam, "step", step):
-        fit(Config(run_dir=folder, audit_steps=1, **SETTINGS | LARGER), model=own_model(), data=data, loss=loss)
+        fit(
+            Config(run_dir=folder, audit_steps=1, **SETTINGS | LARGER), model=own_model(), data=data(targets), loss=loss
+        )
 
 
-def test_a_loss_beyond_the_range_is_no_fault_of_the_hardware(tmp_path: Path) -> None:
-    with Job(train_with_a_large_loss, 3, tmp_path) as job:
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [(train_with_an_idle_rank, "were not finite"), (train_with_a_large_loss, "beyond the range of the exact sums")],
+)
+def test_numbers_out_of_range_are_no_fault_of_the_hardware(
+    train: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    with Job(train, 3, tmp_path) as job:
         outcomes = job.wait(60)
     for outcome in outcomes:
         assert outcome.code == 1
-        assert "beyond the range of the exact sums" in outcome.output, outcome.output
+        assert message in outcome.output, outcome.output
         assert "audit of step" not in outcome.output
 
 
