@@ -10,7 +10,8 @@ from unittest.mock import patch
 import pytest
 
 from ddp_circles.verify.injection import Trouble
-from tests.ranks.test_verify import Ended, Plan, end_each, lasting_fault, report
+from tests.harness.verifying import Ended, Plan, end_each, report
+from tests.ranks.test_verify import lasting_fault
 
 
 @contextmanager

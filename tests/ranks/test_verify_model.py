@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddp_circles.verify import model
-from tests.ranks.test_verify import Ended, Plan, end_each, report
+from tests.harness.verifying import Ended, Plan, end_each, report
 
 OPERATIONS: dict[str, tuple[object, str, int]] = {
     "convolution": (torch.nn.Conv2d, "forward", 0),
