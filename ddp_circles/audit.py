@@ -19,7 +19,6 @@ from ddp_circles.errors import HardwareError
 from ddp_circles.exact import ExactReducer, SideBySideReducer
 from ddp_circles.job.devices import device_uuid
 from ddp_circles.job.fingerprint import device_name
-from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.metrics import Arriving
 from ddp_circles.micro_batches import MicroBatch
@@ -74,7 +73,7 @@ class Audit:
         yield from self._recomputed(watched_pieces, seeded)
         yield from own
         row = Arriving(torch.cat([self.reducer.take_published(), *checksums.received]))
-        numbers_read = row.read(self.world.patience, waiting)
+        numbers_read = row.read(self.world.wait_for)
         published, received = Published.from_row(layout, numbers_read[: layout.width]), numbers_read[layout.width :]
         if not published.diverged:  # else the loop says so
             self._check_weights(published.weights, step)

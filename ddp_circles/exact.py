@@ -175,12 +175,14 @@ class _IntegerSums(ABC):
         return [pieces[self._places[id(parameter)]] for parameter in bucket.parameters()]
 
     def _hand_out(self, total: Tensor, bucket: GradBucket) -> Future[Tensor]:
-        """Put the gradients at the head of a sum over all ranks into the last bucket; the rest rode with them."""
+        """Put the gradients at the head of a sum over all ranks into a bucket; what rode with the last one follows."""
         buffer = bucket.buffer()
         size = buffer.numel()
         if self._checksums is not None:
             self._checksums.received.append(self._checksum_of(bucket.parameters(), total[:size]))
-        self._integers, self._sums = None, total[size:]
+        if bucket.is_last():
+            self._integers, self._sums = None, total[size:]
+        # With its device, the future notes an event on this thread's stream, and DDP's own stream waits for that.
         future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
         future.set_result(dequantize(total[:size], GRADIENT_BITS, out=buffer))
         return future
@@ -283,7 +285,7 @@ class ExactReducer(_IntegerSums):
 
     def weight(self, samples: int) -> Tensor:
         """The factor of a micro-batch's summed loss in a step of `samples` over all ranks: gradients are added up."""
-        return torch.tensor(1.0 / samples, device=self._limit.device)
+        return torch.full((), 1.0 / samples, device=self._limit.device)
 
     def accumulate(self) -> None:
         """Take over the gradients of one micro-batch, and clear them."""
@@ -363,7 +365,10 @@ class ExactReducer(_IntegerSums):
         if not bucket.is_last():
             integers = self._rounded([buffer])
             self._add_accumulated(integers, bucket)
-            return self._sum_meanwhile(bucket, integers)
+            if self._checksums is None:
+                return self._sum_meanwhile(bucket, integers)
+            # On CUDA what comes after a sum that is not waited for runs on a stream of its own: no place for checksums.
+            return self._hand_out(sum_over_ranks(integers), bucket)
         if self._buffers is not None:
             # The forward pass is over. An empty micro-batch changes nothing that counts.
             self._buffers.put_back() if self._idle else self._buffers.take_changes()
@@ -379,15 +384,12 @@ class ExactReducer(_IntegerSums):
 
     def _sum_meanwhile(self, bucket: GradBucket, local: Tensor) -> Future[Tensor]:
         """Sum a bucket while the backward pass goes on."""
-        buffer, checksums = bucket.buffer(), self._checksums
-        parameters = bucket.parameters() if checksums is not None else []
+        buffer = bucket.buffer()
 
         def deliver(summed: Future[list[Tensor]]) -> Tensor:
-            # Reading the value raises if the all-reduce failed; otherwise the rank would go on with its own sums.
-            total = summed.value()[0]
-            if checksums is not None:
-                checksums.received.append(self._checksum_of(parameters, total))
-            return dequantize(total, GRADIENT_BITS, out=buffer)
+            # Reading the value raises if the all-reduce failed; otherwise the rank would go on with its own sums. On
+            # CUDA this runs on another stream, behind the sum: the future keeps its memory, and DDP waits for both.
+            return dequantize(summed.value()[0], GRADIENT_BITS, out=buffer)
 
         future: Future[Tensor] = dist.all_reduce(local, async_op=True).get_future().then(deliver)
         return future

@@ -47,7 +47,7 @@ class FastReducer:
 
     def weight(self, samples: int) -> Tensor:
         """The factor of a micro-batch's summed loss that makes DDP's mean over ranks the mean over samples."""
-        return torch.tensor(self.micro_batches / samples, device=self._flag.device)
+        return torch.full((), self.micro_batches / samples, device=self._flag.device)
 
     def agreed(self, step: int, *, last: bool) -> Tensor | None:
         """Units by name, values out of range and stop requests of all ranks since the last agreement.

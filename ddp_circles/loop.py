@@ -24,7 +24,6 @@ from ddp_circles.audit import Audit, Entry
 from ddp_circles.errors import OutOfRangeError, StopRequestedError
 from ddp_circles.exact import ExactReducer, SideBySideReducer
 from ddp_circles.fast import FastReducer
-from ddp_circles.job.watch import waiting
 from ddp_circles.job.world import World
 from ddp_circles.metrics import LocalTally, Progress, Sums, SumsReader, Tally
 from ddp_circles.micro_batches import MicroBatch, Source
@@ -159,7 +158,7 @@ def evaluate(training: Training, progress: Progress, sharding: Sharding, steps: 
     """
     model, tally, total = training.model, training.tally, Tally()
     stop_flag = torch.zeros(1, dtype=torch.int64, device=training.world.device)
-    reader = SumsReader(delay=0, seconds=training.world.patience, waiting=waiting)
+    reader = SumsReader(0, training.world.wait_for)
     model.eval()
     together = max(1, min(sharding.steps, EVALUATION_BATCH // sharding.batch_size))
     numbered = enumerate(steps)
@@ -185,7 +184,7 @@ def agreeing_steps(training: Training, progress: Progress) -> Iterator[Step]:
     names = [*[GRAD_NORM][: training.gradient_norm is not None], *training.tally.names]
     add = partial(_add, training.tally, names)
     delay = 1 if training.world.device.type == "cuda" else 0
-    reader = SumsReader(delay, seconds=training.world.patience, waiting=waiting)
+    reader = SumsReader(delay, training.world.wait_for)
     steps = sharding.steps
     for step in local_steps(training, progress, sharding):
         training.events.before_step(step.number)

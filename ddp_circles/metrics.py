@@ -1,9 +1,7 @@
 """Loss, accuracy and metrics as integer sums: equal to the last digit at any number of ranks."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,8 +13,8 @@ from ddp_circles.models import correct_count
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """Logits and targets to the SUM over the samples, a scalar."""
-POLL_SECONDS = 2e-5
-"""Time between two checks for a sum from the device; far below the time of a step."""
+WaitFor = Callable[[torch.cuda.Event], None]
+"""Waits until the device has reached an event."""
 
 
 @dataclass
@@ -137,40 +135,30 @@ class Arriving:
     def __init__(self, numbers: Tensor) -> None:
         self._event = None
         if numbers.is_cuda:
+            # Into pinned memory, which is what makes it asynchronous. Read before the event, it would hold anything.
             numbers = numbers.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         self._numbers = numbers
 
-    def read(self, seconds: float, waiting: AbstractContextManager[object]) -> list[int]:
-        """Read the numbers once they are there; raises `ConnectionError` after `seconds`. `waiting` is entered."""
+    def read(self, wait_for: WaitFor) -> list[int]:
+        """Read the numbers once they are there."""
         if self._event is not None:
-            with waiting:
-                self._wait(self._event, seconds)
+            wait_for(self._event)
         numbers: list[int] = self._numbers.tolist()
         return numbers
-
-    @staticmethod
-    def _wait(event: torch.cuda.Event, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not event.query():
-            if time.monotonic() > deadline:
-                raise ConnectionError(f"no sum of all ranks came within {seconds:.0f} s")
-            time.sleep(POLL_SECONDS)
 
 
 class SumsReader:
     """Reads `Sums` from the device: at once on the CPU, one agreement late on CUDA, where reading at once would wait.
 
     The delay is the same on all ranks, so they act on a sum at the same step. On CUDA an all-reduce only joins a queue,
-    and it is the reading that waits for a missing rank: after `seconds` it raises `ConnectionError`. `waiting`
-    is entered meanwhile.
+    and it is the reading that waits for a missing rank, and raises what `wait_for` does.
     """
 
-    def __init__(self, delay: int, seconds: float, waiting: AbstractContextManager[object]) -> None:
+    def __init__(self, delay: int, wait_for: WaitFor) -> None:
         self._delay = delay
-        self._seconds = seconds
-        self._waiting = waiting
+        self._wait_for = wait_for
         self._pending: deque[tuple[int, int, Arriving]] = deque()
 
     def post(self, step: int, seen: int, sums: Tensor) -> None:
@@ -187,5 +175,5 @@ class SumsReader:
         return [self._value(*pending) for pending in self._pending]
 
     def _value(self, step: int, seen: int, sums: Arriving) -> Sums:
-        *units, out_of_range, stop_requests = map(int, sums.read(self._seconds, self._waiting))
+        *units, out_of_range, stop_requests = map(int, sums.read(self._wait_for))
         return Sums(step, seen, units, out_of_range, stop_requests)

@@ -14,7 +14,7 @@ from ddp_circles.sharding import Sharding
 ROWS = 32
 ALIGNED_ROWS = 64
 """Blocks begin at multiples of it, so that a sample lies at the same place in a line of the cache, whatever is cut out:
-the last bits of a product may depend on where its factors begin."""
+the last bits of a product may depend on where its factors begin. 256 bytes are as far as cuBLAS looks."""
 BLOCK_ROWS = 2**20
 """Most rows, over all slices, that are put in order together; those of one step always are."""
 
@@ -78,12 +78,13 @@ class OneByOne(_Held):
 
     def _cut(self, order: Tensor, sharding: Sharding, steps: range) -> Iterator[list[MicroBatch]]:
         inputs, targets = self._samples
+        order = without_waiting(order, inputs.device)
         # A micro-batch's samples of all steps are put in order together, and lie in one block; a step takes a part.
         begins, blocks = {}, {}
         for number in sharding.owned():
             begin, end = sharding.bounds(steps.start, number)[0], sharding.bounds(steps.stop - 1, number)[1]
             begins[number] = begin = begin // ALIGNED_ROWS * ALIGNED_ROWS
-            index = order[number :: sharding.micro_batches][begin:end].to(inputs.device)
+            index = order[number :: sharding.micro_batches][begin:end]
             blocks[number] = inputs[index], targets[index]
         for step in steps:
             parts = [(number, sharding.bounds(step, number)) for number in blocks]
@@ -107,7 +108,7 @@ class Slices(_Held):
         device = self._samples.inputs.device
         rows = rows_of(sharding.batch_size, sharding.micro_batches)
         slices = slices_of(sharding.micro_batches, sharding.world_size)
-        order, occupied = order.to(device), len(sharding.owned())
+        order, occupied = without_waiting(order, device), len(sharding.owned())
         numbers = torch.arange(slices, device=device).view(-1, 1) * sharding.world_size + sharding.rank
         row_starts = torch.arange(rows, device=device) * sharding.micro_batches
         at_once = max(1, BLOCK_ROWS // (slices * rows))
@@ -123,6 +124,11 @@ class Slices(_Held):
             targets = self._samples.targets[chosen].masked_fill_(~taken, IGNORED).flatten(1)
             for piece in zip(inputs.unbind(), targets.unbind(), strict=True):
                 yield [MicroBatch(sharding.rank, *piece)]
+
+
+def without_waiting(order: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device`; only from pinned memory does the host not wait for CUDA to take it."""
+    return order.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else order
 
 
 def rows_of(batch_size: int, micro_batches: int) -> int:

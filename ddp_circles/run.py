@@ -28,7 +28,7 @@ from ddp_circles.fast import FastReducer
 from ddp_circles.intake import Brought, Intake, on_device, share_points, take_in
 from ddp_circles.job.faults import Fault
 from ddp_circles.job.fingerprint import COMPUTATION
-from ddp_circles.job.process import be_deterministic, pin_threads, process_as_found
+from ddp_circles.job.process import be_deterministic, fix_workspace, pin_threads, process_as_found
 from ddp_circles.job.ranks import how_to_continue, read_ranks
 from ddp_circles.job.rehearsal import Rehearsal
 from ddp_circles.job.stop import stop_requested
@@ -101,6 +101,7 @@ def fit(
             raise UserError(f"fit() takes a Config first, got {type(config).__name__}")
         ranks = read_ranks()
         pin_threads(config.threads)
+        fix_workspace()
         try:
             with (
                 open_world(ranks, config.device, config.backend, config.timeout, flags_of(config)) as world,

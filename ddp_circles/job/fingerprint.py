@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddp_circles.job.process import WORKSPACE
+
 CPU_INFO = Path("/proc/cpuinfo")
 COMPUTATION = "computation"
 """The entry with the digest of a small computation: an effect of the others, unless the device is broken."""
@@ -21,6 +23,7 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
     mkl_cbwr = os.environ.get("MKL_CBWR", "")
     # MKL chooses kernels by the CPU's vendor, and block sizes by its caches, unless both are told not to look.
     alike_anywhere = mkl_cbwr == "COMPATIBLE" and instruction_set == "DEFAULT"
+    libraries = {"cudnn": str(torch.backends.cudnn.version()), "cublas": os.environ.get(WORKSPACE, "")}
     return {
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
@@ -29,6 +32,7 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
         "mkl_cbwr": mkl_cbwr,
         "mkl_enable_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", ""),
         "threads": str(threads),
+        **(libraries if on_cuda else {}),
         COMPUTATION: _digest_of_computation(device),
     }
 

@@ -12,6 +12,11 @@ import torch
 from ddp_circles.errors import UserError
 from ddp_circles.job.ranks import set_thread_variables
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+CUDNN: Any = torch.backends.cudnn
+"""Whose settings by kind of layer torch's type hints do not know."""
+FULL_FLOAT32 = (CUDNN.conv, CUDNN.rnn)
+
 
 def pin_threads(threads: int) -> None:
     """Use `threads` CPU threads in this rank, however it was started."""
@@ -19,13 +24,18 @@ def pin_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def fix_workspace() -> None:
+    """Let cuBLAS have one size of workspace, on which its bits depend; before the first product, which settles it."""
+    os.environ.setdefault(WORKSPACE, ":4096:8")
+
+
 def be_deterministic() -> None:
     """Choose deterministic kernels and full float32 products, for the whole process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    for kind in FULL_FLOAT32:  # `allow_tf32` would leave the decision to `torch.backends.fp32_precision`
+        kind.fp32_precision = "ieee"
     torch.backends.cudnn.benchmark = False
 
 
@@ -38,12 +48,12 @@ CHANGED: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
-    _attribute(torch.backends.cudnn, "allow_tf32"),
+    *(_attribute(kind, "fp32_precision") for kind in FULL_FLOAT32),
     _attribute(torch.backends.cudnn, "benchmark"),
 )
 """How each of torch's settings that a training changes is read and written."""
 CHANGED_VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "GLOO_SOCKET_IFNAME",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", WORKSPACE, "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ def sum_over_ranks(numbers: Tensor) -> Tensor:
     """
     size = dist.get_world_size()
     with waiting:
+        # gloo takes CUDA tensors too: it copies them through pinned memory.
         if numbers.is_cuda or size * numbers.nbytes > GATHERED_BYTES:
             dist.all_reduce(numbers)
             return numbers

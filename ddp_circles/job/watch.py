@@ -19,7 +19,8 @@ BEAT_SECONDS = 1.0
 GRACE_SECONDS = 7.0
 """Time for a rank to end by itself once the job has failed."""
 SILENT_SECONDS = 20.0
-"""Time without a heartbeat after which a rank that joins counts as gone; a GPU's driver may hold its threads up."""
+"""Time without a heartbeat after which a rank counts as gone, where nothing else tells; well below torchrun's 30 s from
+its request to stop to its SIGKILL."""
 WITNESS_SECONDS = 3.0
 """Time that survivors wait for each other's word before they name who gave none; some heartbeats long."""
 STORE_SECONDS = 30.0
@@ -71,10 +72,10 @@ class Watch:
         self._store: Store = HashStore()
         """Its own until it is connected; in a world of one for good."""
         self._connected = False
-        self.starting = True
-        """True while the ranks join: nothing but its heartbeats tells then that another one is gone."""
-        self._pulse: dict[int, tuple[int, float]] = {}
-        """The other ranks' latest heartbeats in start-up, by number, and when this rank saw them first."""
+        self.listening: Callable[[], bool] = lambda: True
+        """True while nothing but its heartbeats tells that another rank is gone: when the ranks join, for instance."""
+        self._pulse: dict[int, tuple[int, int]] = {}
+        """The other ranks' latest heartbeats, by number, and this rank's own number when it saw them first."""
         self.position: tuple[str, int, int, float] = ("start", 0, 0, time.time())
         """Phase, epoch, step, and the time of the mark."""
         self._beats = 0
@@ -267,7 +268,7 @@ class Watch:
         try:
             self._beat()
             if not self._store.check(["failed"]):
-                return self._find_silent() if self.starting else ""
+                return self._find_silent() if self.listening() else ""
             if self._store.check(["verdict"]):
                 self._verdict = self._read("verdict")
             return f"the job has failed: {self._verdict}"
@@ -275,14 +276,17 @@ class Watch:
             return "the store of the job is gone"
 
     def _find_silent(self) -> str:
-        """Say which rank's heart has stopped, empty if none has; rank 0 listens to all others, they to rank 0."""
+        """Say which rank's heart has stopped, empty if none has; rank 0 listens to all others, they to rank 0.
+
+        Time is told by this rank's own heartbeats, so that a job which was frozen as a whole accuses nobody.
+        """
         for rank in self._others if self._ranks.is_main else [0]:
-            count, now = self._seen(rank).get("count", 0), time.monotonic()
-            if count and count == self._pulse.get(rank, (0, now))[0]:
-                if now - self._pulse[rank][1] > SILENT_SECONDS:
+            count = self._seen(rank).get("count", 0)
+            if count and count == self._pulse.get(rank, (0, 0))[0]:
+                if (self._beats - self._pulse[rank][1]) * BEAT_SECONDS > SILENT_SECONDS:
                     return f"no heartbeat of rank {rank} for {SILENT_SECONDS:.0f} s"
             else:
-                self._pulse[rank] = count, now
+                self._pulse[rank] = count, self._beats
         return ""
 
     def _beat(self) -> None:

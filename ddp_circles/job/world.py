@@ -36,7 +36,7 @@ from ddp_circles.job.ranks import Ranks, spell_ranks, this_host
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.store import open_store
 from ddp_circles.job.sums import sum_over_ranks
-from ddp_circles.job.watch import STORE_SECONDS, WAITED, Watch
+from ddp_circles.job.watch import STORE_SECONDS, WAITED, Watch, waiting
 from ddp_circles.plain import Plain, from_bytes, to_bytes
 from ddp_circles.terminal import say
 
@@ -46,6 +46,8 @@ CARD_ADVICE = (
     "if the nodes have several network cards, name the one they share in GLOO_SOCKET_IFNAME or, for nccl, in "
     "NCCL_SOCKET_IFNAME: "
 )
+EVENT_SECONDS = 2e-5
+"""Time between two looks for an event of the device; far below the time of a step."""
 LOOK_SECONDS = 0.1
 POLL_SECONDS = 0.01
 PATIENCE_SECONDS = 10.0
@@ -134,11 +136,6 @@ class World:
     number: int
     """Worlds that this process has opened before; the same on all ranks."""
 
-    @property
-    def patience(self) -> float:
-        """Seconds to wait for a sum on the device: at `timeout` NCCL ends the process without a word."""
-        return 0.9 * self.timeout
-
     def describe(self) -> str:
         """A phrase for the log: the ranks, their launcher, their device."""
         ranks = self.ranks
@@ -159,6 +156,21 @@ class World:
     def sum(self, numbers: Tensor) -> Tensor:
         """Sum a row of numbers over all ranks; of integers, the bits do not depend on the order of addition."""
         return sum_over_ranks(numbers) if self.ranks.world_size > 1 else numbers
+
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Wait until the device has reached `event`: a collective of NCCL's only joins a queue, and raises nothing.
+
+        Raises `ConnectionError` when the job has failed elsewhere or a rank is gone, and after nine tenths of the
+        timeout: at its end NCCL ends the process without a word.
+        """
+        deadline = time.monotonic() + 0.9 * self.timeout
+        with waiting:
+            while not event.query():
+                if self.watch.news:
+                    raise ConnectionError(self.watch.news.partition(":")[0])
+                if time.monotonic() > deadline:
+                    raise ConnectionError(f"no sum of all ranks came within {0.9 * self.timeout:.0f} s")
+                time.sleep(EVENT_SECONDS)
 
     def on_rank_0(self, action: Callable[[], Plain]) -> Plain:
         """Call `action` on rank 0 alone; returns its result, or raises its `UserError`, on every rank."""
@@ -233,6 +245,11 @@ def _join(
 ) -> World:
     """Meet the other ranks at the store, find out who is where, and open the process group, until `given_up` is set."""
     number = next(_world_numbers)
+    if device != "cpu" and torch.cuda.is_available():
+        # Before the first heartbeat: starting the driver can hold up all threads for many seconds. If it fails, the
+        # choice of the device does too, and says so.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.init()
     # The store is more patient than `_attend`, which says who is missing.
     store = open_store(ranks, timedelta(seconds=timeout + STORE_SECONDS), number)
     watch.connect(store)
@@ -248,7 +265,7 @@ def _join(
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=timeout),
-        device_id=own if own.type == "cuda" else None,
+        device_id=own if own.type == "cuda" else None,  # with it NCCL connects here, and not in the first collective
     )
     if given_up.is_set():
         dist.destroy_process_group()
@@ -325,7 +342,8 @@ def open_world(
                 given_up.set()
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)  # each thread has its own
-        watch.starting = False
+        # gloo's sockets tell of a rank that is gone. NCCL's kernels wait on; torchrun asks the others to stop.
+        watch.listening = (lambda: bool(waiting) and stop_requested()) if world.backend == "nccl" else (lambda: False)
         try:
             yield world
         finally:

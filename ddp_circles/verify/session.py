@@ -22,7 +22,7 @@ from ddp_circles import cli
 from ddp_circles.config import flags_of
 from ddp_circles.errors import StopRequestedError, UserError
 from ddp_circles.job.devices import device_uuid
-from ddp_circles.job.process import be_deterministic, pin_threads
+from ddp_circles.job.process import be_deterministic, fix_workspace, pin_threads
 from ddp_circles.job.ranks import Ranks, this_host
 from ddp_circles.job.watch import NOBODY, WAITED
 from ddp_circles.job.world import World, first_sentence, is_lost_peer, open_world
@@ -57,6 +57,7 @@ def verify(settings: Settings, ranks: Ranks) -> int:
     Raises `UserError` for what the user can put right; ends the process where another rank is gone or silent.
     """
     pin_threads(settings.threads)
+    fix_workspace()
     fault, last = settings.fault(), ranks.world_size - 1
     if fault is not None and fault.rank > last:
         raise UserError(f"--inject names rank {fault.rank}, and the last rank of this world is {last}")

@@ -5,13 +5,16 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from torch.optim import Adam
 
 from ddp_circles import loop
 from ddp_circles.job import watch
+from ddp_circles.job.ranks import read_ranks
+from ddp_circles.job.world import open_world, telling_others
 from tests.harness.ranks import Job, free_port
 from tests.harness.runs import (
     QUIET,
@@ -125,6 +128,34 @@ def test_nobody_waits_for_a_frozen_rank_that_holds_the_store(tmp_path: Path) -> 
         job.processes[1].join(30)
         assert job.processes[1].exitcode == 1, job.output(1)
         assert "rank 1: the store of the job does not answer; ending this process" in job.output(1)
+
+
+class Never:
+    """A CUDA event that is never reached."""
+
+    def query(self) -> bool:
+        return False
+
+
+def wait_like_nccl() -> None:
+    """The ranks wait for a sum on the device, and no socket tells that rank 1 is gone."""
+    watch.SILENT_SECONDS, watch.WITNESS_SECONDS = 3.0, 1.5
+    ranks = read_ranks()
+    with open_world(ranks, "cpu", "gloo", 100, {}) as world, telling_others(world.ranks, world.watch):
+        world.watch.listening = lambda: bool(watch.waiting)
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.wait_for(cast(torch.cuda.Event, Never()))
+
+
+def test_a_rank_whose_heart_has_stopped_is_named_where_nothing_else_tells(tmp_path: Path) -> None:
+    with Job(wait_like_nccl, 3) as job:
+        outcomes = job.wait(40)
+    assert [outcome.code for outcome in outcomes] == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        (line,) = re.findall(rf"^rank {rank}: lost a peer: (.*)$", outcomes[rank].output, re.MULTILINE)
+        assert re.match(r"rank 1 \(host \S+\) last seen in start, epoch 0, step 0, \d+ s ago \(", line), line
+    assert "(no heartbeat of rank 1 for 3 s)" in outcomes[0].output
 
 
 def stall_in_evaluation(*flags: object) -> None:

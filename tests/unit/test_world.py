@@ -1,10 +1,12 @@
 """Ranks from the launcher's variables, and the life of a process group."""
 
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch.distributed as dist
 
 from ddp_circles.errors import UserError
 from ddp_circles.job import world as world_module
-from ddp_circles.job.process import pin_threads
+from ddp_circles.job.process import FULL_FLOAT32, be_deterministic, pin_threads, process_as_found
 from ddp_circles.job.ranks import Ranks, read_ranks, this_host
 from ddp_circles.job.world import is_lost_peer, open_world
 from tests.harness.networks import needs_networks
@@ -327,6 +329,54 @@ def test_threads_do_not_depend_on_the_launcher(inherited: dict[str, str]) -> Non
     assert (done.stdout, done.stderr) == ("2 2 2\n", "")
 
 
+def full_float32() -> list[str]:
+    """The precisions while a training runs in a process that has chosen TF32 for everything."""
+    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    with process_as_found():
+        be_deterministic()
+        kinds: list[Any] = [*FULL_FLOAT32, torch.backends.cuda.matmul]
+        return [kind.fp32_precision for kind in kinds]
+
+
+def test_tf32_is_off_whatever_the_process_has_chosen() -> None:
+    assert run_ranks(full_float32, 1) == [["ieee"] * 3]
+
+
+class Event:
+    """A CUDA event that is reached at the query after `times` others."""
+
+    def __init__(self, times: float) -> None:
+        self._times = times
+
+    def query(self) -> bool:
+        self._times -= 1
+        return self._times < 0
+
+
+def wait_in_world(timeout: float, news: str, times: float) -> str:
+    """Wait for an event; returns what was raised."""
+    with open_world(Ranks(), "cpu", "gloo", 30, {}) as world:
+        world.watch.news = news
+        try:
+            replace(world, timeout=timeout).wait_for(cast(torch.cuda.Event, Event(times)))
+        except ConnectionError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("timeout", "news", "times", "raised"),
+    [
+        (30, "", 100, ""),
+        (0.2, "", math.inf, "no sum of all ranks came within 0 s"),
+        (30, "the job has failed: rank 1", math.inf, "the job has failed"),
+        (30, "no heartbeat of rank 1 for 20 s", math.inf, "no heartbeat of rank 1 for 20 s"),
+    ],
+)
+def test_a_wait_for_the_device_ends(timeout: float, news: str, times: float, raised: str) -> None:
+    assert run_ranks(wait_in_world, 1, timeout, news, times, timeout=20) == [raised]
+
+
 def pinned() -> int:
     pin_threads(3)
     return torch.get_num_threads()
@@ -339,7 +389,12 @@ def test_threads_are_pinned_after_torch_is_imported_too() -> None:
 def open_without_gpu(rank: int) -> str:
     """Open a world in which `rank` has no GPU; returns the refusal each rank gets."""
     ranks = read_ranks()
-    fakes = {"is_available": lambda: ranks.rank != rank, "device_count": lambda: 1, "set_device": lambda _: None}
+    fakes: dict[str, Any] = {
+        "is_available": lambda: ranks.rank != rank,
+        "device_count": lambda: 1,
+        "set_device": lambda _: None,
+        "init": lambda: None,
+    }
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
     setattr(world_module, "device_uuid", lambda _: f"GPU-{ranks.rank}")  # noqa: B010 - a plain assignment has another type
