@@ -106,7 +106,8 @@ def free_port() -> int:
 
 def work(pipe: Connection, name: str, job: Job, rank: int) -> None:
     """Run one rank of one contender: train on request until the pipe is closed."""
-    bind(rank)
+    if job.device == "cpu":  # elsewhere autograd and NCCL have threads of their own
+        bind(rank)
     set_environment(job, rank)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -22,7 +22,9 @@ SET_BY_IMPORTS = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FO
 """pytest's own, and those that scikit-learn and torch set when they are imported."""
 GRACE_SECONDS = 5.0
 """The time that processes and threads which a test has ended may take to be gone."""
-LONGEST = ("slurm", "torchrun")
+TOGETHER = ("tests/slurm/", "tests/ranks/test_verify")
+"""Beginnings of tests that share something that takes long to make, within a file or folder."""
+LONGEST = (*TOGETHER, "tests/torchrun/")
 MOST_LANES = 5
 """Most lanes: each starts torch twice."""
 
@@ -35,18 +37,30 @@ os.environ |= LOOPBACK
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--forbid-skips`, under which a test that could not run has failed, `--all` and `--seed`."""
-    parser.addoption("--forbid-skips", action="store_true", help="a skipped test is a failed one, but for tests/gpu")
+    """Add `--forbid-skips`, under which a test that could not run has failed, `--all`, `--gpu` and `--seed`."""
+    parser.addoption("--forbid-skips", action="store_true", help="a skipped test is a failed one")
     parser.addoption("--all", action="store_true", help="run the thorough tests too")
+    parser.addoption("--gpu", action="store_true", help="run tests/gpu alone, on CUDA instead of the CPU")
     parser.addoption("--seed", type=int, help="repeat the long rehearsal of disturbances that printed this seed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `--gpu` run tests/gpu if nothing else is named; end where there is no GPU."""
+    if not config.getoption("gpu"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError(f"--gpu: torch {torch.__version__} sees no CUDA device here")
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        config.args = ["tests/gpu"]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Turn a skip into a failure under `--forbid-skips`."""
     report = yield
-    forbidden = item.config.getoption("forbid_skips") and item.path.parent.name != "gpu"
-    if forbidden and report.skipped and not hasattr(report, "wasxfail"):
+    if item.config.getoption("forbid_skips") and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"--forbid-skips: {report.longrepr}"
     return report
@@ -55,18 +69,21 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The lanes in which `launch/test.sh` runs tests side by side: two more than cores, for most tests wait.
 
-    None for tests of single files, and for output that is not captured: a second start of torch would take longer, and
-    the lanes would swallow the output.
+    None for tests of single files, for output that is not captured and with `--gpu`: a second start of torch would take
+    longer, and the lanes would swallow the output, or compete for the device.
     """
     single_files = all(".py" in argument for argument in config.args)
-    return 0 if single_files or config.getoption("capture") == "no" else min((os.cpu_count() or 1) + 2, MOST_LANES)
+    alone = single_files or config.getoption("capture") == "no" or config.getoption("gpu")
+    return 0 if alone else min((os.cpu_count() or 1) + 2, MOST_LANES)
 
 
 class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # xdist is not typed
-    """Hands out tests one by one, but those on the Slurm cluster together: they share it, and wait most of the time."""
+    """Hands out tests one by one, but together those that share the Slurm cluster, or finished verifications."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "slurm" if nodeid.startswith("tests/slurm/") else nodeid
+        if nodeid.startswith("tests/slurm/"):
+            return "slurm"
+        return nodeid.partition("::")[0] if nodeid.startswith(TOGETHER) else nodeid
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
@@ -79,9 +96,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     The tests that take longest come first, lest one lane is left with them.
     """
-    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     left_out = set() if "long" in config.getoption("markexpr") else {"long"}
-    if not config.getoption("all"):
+    if not (config.getoption("all") or config.getoption("gpu")):
         left_out.add("thorough")
     deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
     if deselected:
