@@ -1,12 +1,14 @@
 """Timings of whole commands: python -m benchmarks.whole_runs MEASUREMENT.
 
+commands: the default run from command to prompt, against the tutorial's script.
 ranks: wide layers and large batches, two ranks against one.
+parameters: time per step from narrow to wide layers.
 batches: the batch size from which a second rank speeds up the default network.
 micro_batches: the default run by the number of micro-batches, on one rank and on two.
 audits: the default run by the steps from one audit to the next, on one rank and on two.
 samples: memory and time per epoch for 10^4 to 10^8 points on two ranks.
 records: the cost of tracking, checkpoints and progress lines with the default settings.
-start: start-up, up to the end of the first optimizer step, against a bare script.
+start: start-up, up to the end of the first optimizer step, against the tutorial's script.
 
 Variants take turns in each round; ratios are taken within a round.
 """
@@ -136,6 +138,32 @@ def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> Spread:
     return Spread.of([own / other for own, other in zip(seconds[name], seconds[reference], strict=True)])
 
 
+# ---- whole commands
+
+
+def measure_commands(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time the default run as a whole: as it comes, without tracking and pictures, and the tutorial's script."""
+    package = {"package": ("--device", "cpu", "--wandb", "offline"), "package, quiet": QUIET}
+    results = {}
+    for ranks in (1, 2):
+        variants = {name: partial(_command_seconds, ranks, *flags) for name, flags in package.items()}
+        variants["tutorial"] = partial(_tutorial_seconds, ranks)
+        seconds = alternate(arguments.rounds, variants)
+        over_tutorial = {name: asdict(ratio(seconds, name, "tutorial")) for name in package}
+        results[str(ranks)] = {"seconds": seconds, "seconds_over_those_of_tutorial": over_tutorial}
+    return {"results": results}
+
+
+def _command_seconds(ranks: int, *flags: str) -> float:
+    done, _ = train(ranks, *flags)
+    return done.seconds
+
+
+def _tutorial_seconds(ranks: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        return run(command(ranks, "-m", "benchmarks.tutorial", folder + "/weights.pt")).seconds
+
+
 # ---- more ranks
 
 
@@ -175,6 +203,39 @@ def _epoch_speedup(batch: int, rounds: int) -> Spread:
         return min(float(row["seconds"]) for row in rows[1:])
 
     return ratio(alternate(rounds, {"1": partial(epoch_seconds, 1), "2": partial(epoch_seconds, 2)}), "1", "2")
+
+
+# ---- more parameters
+
+
+def measure_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time a step of 1024 samples by the width of both hidden layers, exact and fast, on one rank and on two."""
+    points = []
+    for width in (10, 64, 256, 1024):
+        variants = {
+            f"{reduction} on {ranks}": partial(_step_seconds, ranks, width, reduction)
+            for ranks in (1, 2)
+            for reduction in ("exact", "fast")
+        }
+        seconds = alternate(arguments.rounds, variants)
+        points.append(
+            {
+                "parameters": 3 * width + (width + 1) * width + width + 1,
+                "seconds_per_step": {name: asdict(Spread.of(values)) for name, values in seconds.items()},
+                "exact_over_fast": asdict(ratio(seconds, "exact on 1", "fast on 1")),
+                "exact_over_fast_on_2": asdict(ratio(seconds, "exact on 2", "fast on 2")),
+                "speedup_exact": asdict(ratio(seconds, "exact on 1", "exact on 2")),
+                "speedup_fast": asdict(ratio(seconds, "fast on 1", "fast on 2")),
+            }
+        )
+    return {"points": points}
+
+
+def _step_seconds(ranks: int, width: int, reduction: str) -> float:
+    steps = 24
+    size = ("--hidden", str(width), str(width), "--batch-size", "1024", "--n-samples", str(steps * 1280))
+    _, rows = train(ranks, *QUIET, *size, "--epochs", "4", "--reduction", reduction)
+    return min(float(row["seconds"]) for row in rows[1:]) / steps
 
 
 # ---- the number of micro-batches
@@ -314,10 +375,10 @@ def measure_start(arguments: argparse.Namespace) -> dict[str, Any]:
     for ranks in (1, 2):
         variants = {
             "package": partial(_first_step, ranks, "ddp_circles.train", *QUIET),
-            "bare script": partial(_first_step, ranks, "benchmarks.bare_start"),
+            "tutorial": partial(_first_step, ranks, "benchmarks.tutorial"),
         }
         seconds = alternate(arguments.rounds, variants)
-        results[str(ranks)] = {"seconds": seconds, "ratio": asdict(ratio(seconds, "package", "bare script"))}
+        results[str(ranks)] = {"seconds": seconds, "ratio": asdict(ratio(seconds, "package", "tutorial"))}
     return results
 
 
@@ -331,7 +392,9 @@ def _first_step(ranks: int, module: str, *flags: str) -> float:
 
 
 MEASUREMENTS = {
+    "commands": measure_commands,
     "ranks": measure_ranks,
+    "parameters": measure_parameters,
     "batches": measure_batches,
     "micro_batches": measure_micro_batches,
     "audits": measure_audits,
