@@ -78,13 +78,12 @@ class OneByOne(_Held):
 
     def _cut(self, order: Tensor, sharding: Sharding, steps: range) -> Iterator[list[MicroBatch]]:
         inputs, targets = self._samples
-        order = without_waiting(order, inputs.device)
         # A micro-batch's samples of all steps are put in order together, and lie in one block; a step takes a part.
         begins, blocks = {}, {}
         for number in sharding.owned():
             begin, end = sharding.bounds(steps.start, number)[0], sharding.bounds(steps.stop - 1, number)[1]
             begins[number] = begin = begin // ALIGNED_ROWS * ALIGNED_ROWS
-            index = order[number :: sharding.micro_batches][begin:end]
+            index = without_waiting(order[number :: sharding.micro_batches][begin:end], inputs.device)
             blocks[number] = inputs[index], targets[index]
         for step in steps:
             parts = [(number, sharding.bounds(step, number)) for number in blocks]

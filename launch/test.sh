@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run the tests, in several lanes at once. All arguments go to pytest; with --all, the thorough tests run too.
+# Run the tests, in several lanes at once. All arguments go to pytest; with --all, the thorough tests run too; with --gpu,
+# those of tests/gpu alone, on CUDA and one after the other.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "$0")/setup.sh"

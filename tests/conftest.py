@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from importlib.metadata import entry_points
 from multiprocessing import forkserver, resource_tracker
 
 import psutil
@@ -33,7 +34,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's backgroun
 for _name in list(os.environ):  # before the fork server starts: its ranks see the environment of that moment
     if _name.startswith(STRAY_VARIABLES):
         del os.environ[_name]
-os.environ |= LOOPBACK
+if entry_points(group="torchrun.handlers", name="loopback"):  # else the project is not installed, only found
+    os.environ |= LOOPBACK
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let `--gpu` run tests/gpu if nothing else is named; end where there is no GPU."""
     if not config.getoption("gpu"):
         return
-    import torch
+    import torch  # not by the process that only hands tests to lanes
 
     if not torch.cuda.is_available():
         raise pytest.UsageError(f"--gpu: torch {torch.__version__} sees no CUDA device here")

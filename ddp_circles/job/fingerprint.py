@@ -23,7 +23,9 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
     mkl_cbwr = os.environ.get("MKL_CBWR", "")
     # MKL chooses kernels by the CPU's vendor, and block sizes by its caches, unless both are told not to look.
     alike_anywhere = mkl_cbwr == "COMPATIBLE" and instruction_set == "DEFAULT"
-    libraries = {"cudnn": str(torch.backends.cudnn.version()), "cublas": os.environ.get(WORKSPACE, "")}
+    libraries = {}
+    if on_cuda:
+        libraries = {"cudnn": str(torch.backends.cudnn.version()), "cublas": os.environ.get(WORKSPACE, "")}
     return {
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
@@ -32,7 +34,7 @@ def fingerprint(device: torch.device, threads: int) -> dict[str, str]:
         "mkl_cbwr": mkl_cbwr,
         "mkl_enable_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", ""),
         "threads": str(threads),
-        **(libraries if on_cuda else {}),
+        **libraries,
         COMPUTATION: _digest_of_computation(device),
     }
 

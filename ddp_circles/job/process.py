@@ -14,8 +14,7 @@ from ddp_circles.job.ranks import set_thread_variables
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 CUDNN: Any = torch.backends.cudnn
-"""Whose settings by kind of layer torch's type hints do not know."""
-FULL_FLOAT32 = (CUDNN.conv, CUDNN.rnn)
+"""Torch's module of that name; its type hints do not know all of it."""
 
 
 def pin_threads(threads: int) -> None:
@@ -34,9 +33,9 @@ def be_deterministic() -> None:
     torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
-    for kind in FULL_FLOAT32:  # `allow_tf32` would leave the decision to `torch.backends.fp32_precision`
-        kind.fp32_precision = "ieee"
-    torch.backends.cudnn.benchmark = False
+    CUDNN.allow_tf32 = False  # what is read under the older name must agree with the newer one
+    CUDNN.fp32_precision = "ieee"  # the older one alone would leave the decision to `torch.backends.fp32_precision`
+    CUDNN.benchmark = False
 
 
 def _attribute(owner: object, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
@@ -48,8 +47,9 @@ CHANGED: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
-    *(_attribute(kind, "fp32_precision") for kind in FULL_FLOAT32),
-    _attribute(torch.backends.cudnn, "benchmark"),
+    _attribute(CUDNN, "fp32_precision"),
+    _attribute(CUDNN, "allow_tf32"),  # put back before the newer one, which it would overwrite
+    _attribute(CUDNN, "benchmark"),
 )
 """How each of torch's settings that a training changes is read and written."""
 CHANGED_VARIABLES = (

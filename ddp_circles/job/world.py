@@ -166,11 +166,20 @@ class World:
         deadline = time.monotonic() + 0.9 * self.timeout
         with waiting:
             while not event.query():
-                if self.watch.news:
-                    raise ConnectionError(self.watch.news.partition(":")[0])
+                if news := self.watch.news:
+                    raise ConnectionError(news.partition(":")[0])
                 if time.monotonic() > deadline:
-                    raise ConnectionError(f"no sum of all ranks came within {0.9 * self.timeout:.0f} s")
+                    raise ConnectionError(f"no sum of all ranks came within {0.9 * self.timeout:g} s")
                 time.sleep(EVENT_SECONDS)
+
+    def _fetch(self, numbers: Tensor) -> Tensor:
+        """A copy on the CPU. Reading `numbers` would wait in C++, where no signal is heard and no rank missed."""
+        if not numbers.is_cuda:
+            return numbers
+        copy, event = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record()
+        self.wait_for(event)
+        return copy
 
     def on_rank_0(self, action: Callable[[], Plain]) -> Plain:
         """Call `action` on rank 0 alone; returns its result, or raises its `UserError`, on every rank."""
@@ -184,20 +193,21 @@ class World:
         """Rank 0's `content`, on every rank."""
         length = torch.tensor(len(content), device=self.device)
         dist.broadcast(length, src=0)
-        buffer = self._padded(content, int(length))
+        buffer = self._padded(content, int(self._fetch(length)))
         dist.broadcast(buffer, src=0)
-        return buffer.cpu().numpy().tobytes()
+        return self._fetch(buffer).numpy().tobytes()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, made of what JSON knows, in the order of ranks, on every rank."""
         content = json.dumps(value).encode()
         lengths = torch.zeros(self.ranks.world_size, dtype=torch.int64, device=self.device)
         lengths[self.ranks.rank] = len(content)
-        each = self.sum(lengths).tolist()
+        each = self._fetch(self.sum(lengths)).tolist()
         own = self._padded(content, max(each))
-        pieces = [torch.empty_like(own) for _ in each]
-        dist.all_gather(pieces, own)
-        return [json.loads(piece[:size].cpu().numpy().tobytes()) for piece, size in zip(pieces, each, strict=True)]
+        pieces = own.new_empty(len(each), len(own))
+        dist.all_gather(list(pieces.unbind()), own)
+        rows = zip(self._fetch(pieces), each, strict=True)
+        return [json.loads(row[:size].numpy().tobytes()) for row, size in rows]
 
     def _padded(self, content: bytes, length: int) -> Tensor:
         return torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8).to(self.device)
@@ -222,7 +232,7 @@ class World:
 
     def refuse(self, mistake: str) -> None:
         """Raise the same `UserError` on all ranks if one of them has a `mistake`; for none, it costs one small sum."""
-        if self.sum(torch.tensor([len(mistake)], device=self.device)).item():
+        if self._fetch(self.sum(torch.tensor([len(mistake)], device=self.device))).item():
             raise UserError(next(filter(None, self.gather(mistake))))
 
 
@@ -248,8 +258,10 @@ def _join(
     if device != "cpu" and torch.cuda.is_available():
         # Before the first heartbeat: starting the driver can hold up all threads for many seconds. If it fails, the
         # choice of the device does too, and says so.
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(Exception):
             torch.cuda.init()
+            if ranks.local_rank is not None:
+                torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     # The store is more patient than `_attend`, which says who is missing.
     store = open_store(ranks, timedelta(seconds=timeout + STORE_SECONDS), number)
     watch.connect(store)

@@ -1,4 +1,4 @@
-"""What only a GPU can answer, most important first: bash launch/test.sh --gpu.
+"""Questions that only a GPU can answer, most important first: bash launch/test.sh --gpu.
 
 Without `--gpu` all of it is a dry run on the CPU. Each test prints what it has found.
 """
@@ -94,20 +94,20 @@ def test_it_trains(machine: Machine, say: Say, tmp_path: Path, launcher: str) ->
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "sizes"),
     [
-        ("--epochs=10",),
-        ("--epochs=5", "--n-samples=613", "--batch-size=37", "--optimizer=sgd"),
-        ("--epochs=5", "--recipe=model_4"),
-        WIDE,
+        (("--epochs=10",), (1, 2, 4)),
+        (("--epochs=5", "--n-samples=613", "--batch-size=37", "--optimizer=sgd"), (3,)),
+        (("--epochs=5", "--recipe=model_4"), (4,)),
+        (WIDE, (2, 4)),
     ],
     ids=["default", "uneven", "model_4", "wide"],
 )
 def test_any_number_of_ranks_gives_the_same_bits(
-    machine: Machine, say: Say, tmp_path: Path, flags: tuple[str, ...]
+    machine: Machine, say: Say, tmp_path: Path, flags: tuple[str, ...], sizes: tuple[int, ...]
 ) -> None:
-    ways = {"plain": machine.apart(PLAIN), "one rank": machine.apart(1), "one rank, gloo": machine.shared(1)}
-    ways |= {f"{size} ranks on one device": machine.shared(size) for size in range(2, machine.crowd + 1)}
+    ways = {"plain": machine.apart(PLAIN), "one rank": machine.apart(1)}
+    ways |= {f"{size} ranks on one device": machine.shared(size) for size in sizes}
     found = {name: trained(way, tmp_path / name, *flags) for name, way in ways.items()}
     digests = {name: of_way.model[:8] for name, of_way in found.items()}
     say(f"{digests}, micro-batches {summary(tmp_path / 'plain')['micro_batches_run']}")
@@ -191,9 +191,8 @@ def test_a_stopped_training_goes_on_to_the_same_bits(machine: Machine, tmp_path:
         job.wait_until(lambda: run_dir.exists() and bool(checkpoint_steps(run_dir)))
         job.signal(signal.SIGTERM)
         outcomes = job.wait(60)
-    assert [outcome.code for outcome in outcomes] == [0] * way.size, outcomes[
-        0
-    ].output  # 75 without torchrun's variables
+    # 75 without torchrun's variables
+    assert [one.code for one in outcomes] == [0] * way.size, outcomes[0].output
     assert status(run_dir) == "stopped"
     through = (*SHORT, f"--epochs={checkpoint_steps(run_dir)[0] // 13 + 2}")
     alone = machine.apart(PLAIN)
@@ -296,7 +295,8 @@ def counting(device: str, counts: Counter[str]) -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for row in profiled.key_averages():
-        counts[row.key] += row.count
+        if row.device_type.name == "CPU":  # a device repeats what the host has marked, in rows of its own
+            counts[row.key] += row.count
     for warning in caught:
         if "synchroniz" in str(warning.message):
             counts[f"waits at {warning.filename}:{warning.lineno}"] += 1
@@ -321,14 +321,16 @@ def test_a_step_does_not_wait_for_the_device(machine: Machine, say: Say, tmp_pat
     found = {name: count for name, count in per_step.items() if count and any(word in name for word in said)}
     say(f"{reduction}, per step: {found}")
     assert sum(count for name, count in per_step.items() if name.startswith("Optimizer.step#")) == 1
-    waits = {name: count for name, count in found.items() if "StreamSynchronize" in name or "waits at" in name}
+    assert machine.device == "cpu" or any("LaunchKernel" in name for name in found)  # the profiler has seen the device
+    signs = ("Synchronize", "waits at")
+    waits = {name: count for name, count in found.items() if name == "cudaMemcpy" or any(one in name for one in signs)}
     assert not [name for name, count in waits.items() if count >= 0.5]  # what is less is done once per epoch
 
 
 def test_throughput(machine: Machine, say: Say, tmp_path: Path) -> None:
     contenders = ["floor", "fast", "exact", "exact-8", "tutorial"] if machine.device == "cuda" else ["floor", "exact-8"]
-    size = ["--rounds=3", "--epochs=2"] if machine.device == "cuda" else ["--rounds=1", "--epochs=1", "--n-samples=400"]
-    ranks = map(str, sorted({1, machine.count})) if machine.device == "cuda" else ["2"]
+    size = ["--rounds=2", "--epochs=8"] if machine.device == "cuda" else ["--rounds=1", "--epochs=1", "--n-samples=400"]
+    ranks = map(str, sorted({1, min(machine.count, 2)})) if machine.device == "cuda" else ["2"]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.throughput", f"--device={machine.device}", "--starts=1", *size),

@@ -27,6 +27,8 @@ from ddp_circles.records.checkpoint import Checkpoints, State, decode
 from tests.harness.ranks import FORKSERVER, Job, Outcome, forget_launcher, train, wait_until, write_output_to
 
 PROJECT = Path(__file__).resolve().parents[2]
+PYTHON_PATH = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+"""Where commands find this project, and what else this process has been told to find."""
 PLAIN = 0
 """In place of a number of ranks: one process that no launcher started."""
 QUIET = ("--wandb=disabled", "--no-plots", "--log-every=1000000", "--device=cpu")
@@ -176,7 +178,7 @@ class Command(Program):
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env=os.environ | {"PYTHONPATH": str(PROJECT)} | dict(variables or {}),
+                env=os.environ | {"PYTHONPATH": PYTHON_PATH} | dict(variables or {}),
                 start_new_session=True,
             )
         super().__init__(log, self.process.pid)

@@ -5,16 +5,16 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-import torch
 from torch.optim import Adam
 
 from ddp_circles import loop
 from ddp_circles.job import watch
 from ddp_circles.job.ranks import read_ranks
 from ddp_circles.job.world import open_world, telling_others
+from tests.harness.devices import event
 from tests.harness.ranks import Job, free_port
 from tests.harness.runs import (
     QUIET,
@@ -130,13 +130,6 @@ def test_nobody_waits_for_a_frozen_rank_that_holds_the_store(tmp_path: Path) -> 
         assert "rank 1: the store of the job does not answer; ending this process" in job.output(1)
 
 
-class Never:
-    """A CUDA event that is never reached."""
-
-    def query(self) -> bool:
-        return False
-
-
 def wait_like_nccl() -> None:
     """The ranks wait for a sum on the device, and no socket tells that rank 1 is gone."""
     watch.SILENT_SECONDS, watch.WITNESS_SECONDS = 3.0, 1.5
@@ -145,7 +138,7 @@ def wait_like_nccl() -> None:
         world.watch.listening = lambda: bool(watch.waiting)
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        world.wait_for(cast(torch.cuda.Event, Never()))
+        world.wait_for(event())
 
 
 def test_a_rank_whose_heart_has_stopped_is_named_where_nothing_else_tells(tmp_path: Path) -> None:

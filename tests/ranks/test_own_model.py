@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddp_circles import Config, Dataset, Split, UserError, fit
 from ddp_circles.job import refusal
-from ddp_circles.job.process import FULL_FLOAT32
+from ddp_circles.job.process import CUDNN
 from ddp_circles.job.stop import STOP_SIGNALS
 from tests.harness.ranks import Job, free_port, run_ranks
 from tests.harness.runs import bits, metrics, status
@@ -164,7 +164,7 @@ def observed() -> dict[str, Any]:
         "deterministic": torch.get_deterministic_debug_mode(),
         "filled": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         "precision": torch.get_float32_matmul_precision(),
-        "tf32": [kind.fp32_precision for kind in FULL_FLOAT32],
+        "tf32": (CUDNN.allow_tf32, CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision),
         "benchmark": torch.backends.cudnn.benchmark,
         "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),  # noqa: NPY002
         "signals": [signal.getsignal(number) for number in STOP_SIGNALS],

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from ddp_circles.errors import UserError
 from ddp_circles.job import world as world_module
-from ddp_circles.job.process import FULL_FLOAT32, be_deterministic, pin_threads, process_as_found
+from ddp_circles.job.process import CUDNN, be_deterministic, pin_threads, process_as_found
 from ddp_circles.job.ranks import Ranks, read_ranks, this_host
 from ddp_circles.job.world import is_lost_peer, open_world
+from tests.harness.devices import event
 from tests.harness.networks import needs_networks
 from tests.harness.ranks import Job, free_port, run_ranks
 
@@ -334,23 +335,13 @@ def full_float32() -> list[str]:
     torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
     with process_as_found():
         be_deterministic()
-        kinds: list[Any] = [*FULL_FLOAT32, torch.backends.cuda.matmul]
-        return [kind.fp32_precision for kind in kinds]
+        with CUDNN.flags(enabled=False):  # reads the older name, and puts all back
+            pass
+        return [kind.fp32_precision for kind in (CUDNN.conv, CUDNN.rnn, torch.backends.cuda.matmul)]
 
 
 def test_tf32_is_off_whatever_the_process_has_chosen() -> None:
     assert run_ranks(full_float32, 1) == [["ieee"] * 3]
-
-
-class Event:
-    """A CUDA event that is reached at the query after `times` others."""
-
-    def __init__(self, times: float) -> None:
-        self._times = times
-
-    def query(self) -> bool:
-        self._times -= 1
-        return self._times < 0
 
 
 def wait_in_world(timeout: float, news: str, times: float) -> str:
@@ -358,7 +349,7 @@ def wait_in_world(timeout: float, news: str, times: float) -> str:
     with open_world(Ranks(), "cpu", "gloo", 30, {}) as world:
         world.watch.news = news
         try:
-            replace(world, timeout=timeout).wait_for(cast(torch.cuda.Event, Event(times)))
+            replace(world, timeout=timeout).wait_for(event(times))
         except ConnectionError as error:
             return str(error)
     return ""
@@ -368,7 +359,7 @@ def wait_in_world(timeout: float, news: str, times: float) -> str:
     ("timeout", "news", "times", "raised"),
     [
         (30, "", 100, ""),
-        (0.2, "", math.inf, "no sum of all ranks came within 0 s"),
+        (0.2, "", math.inf, "no sum of all ranks came within 0.18 s"),
         (30, "the job has failed: rank 1", math.inf, "the job has failed"),
         (30, "no heartbeat of rank 1 for 20 s", math.inf, "no heartbeat of rank 1 for 20 s"),
     ],
