@@ -107,7 +107,7 @@ def test_any_number_of_ranks_gives_the_same_bits(
     machine: Machine, say: Say, tmp_path: Path, flags: tuple[str, ...], sizes: tuple[int, ...]
 ) -> None:
     ways = {"plain": machine.apart(PLAIN), "one rank": machine.apart(1)}
-    ways |= {f"{size} ranks on one device": machine.shared(size) for size in sizes}
+    ways |= {f"{size} on one device": machine.shared(size) for size in sizes}
     found = {name: trained(way, tmp_path / name, *flags) for name, way in ways.items()}
     digests = {name: of_way.model[:8] for name, of_way in found.items()}
     say(f"{digests}, micro-batches {summary(tmp_path / 'plain')['micro_batches_run']}")

@@ -354,8 +354,11 @@ def test_a_request_to_stop_ends_all_ranks_with_a_report(tmp_path: Path) -> None:
 
 
 def verify_with_a_patient_victim(victim: int, *flags: object) -> None:
-    """The rank that hangs speaks last, so that any other that accuses itself is first."""
-    verify_impatiently(5 if os.environ["RANK"] == str(victim) else 3, *flags)
+    """The rank that hangs speaks last, so that any other that accuses itself is first.
+
+    When the others give up, it must have been silent for half of its patience, on a busy machine too.
+    """
+    verify_impatiently(7 if os.environ["RANK"] == str(victim) else 6, *flags)
 
 
 def seed_for(kind: str, *place: object) -> int:
