@@ -81,6 +81,7 @@ def run(words: Sequence[str]) -> Run:
         output, _ = process.communicate()
         seconds = time.perf_counter() - started
     if process.returncode != 0:
+        print(output, file=sys.stderr)
         raise subprocess.CalledProcessError(process.returncode, words, output)
     return Run(seconds, memory.stop())
 
