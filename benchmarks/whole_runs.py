@@ -197,13 +197,15 @@ def measure_batches(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _epoch_speedup(batch: int, rounds: int) -> Spread:
-    flags = (*QUIET, "--batch-size", str(batch), "--n-samples", str(max(10000, 40 * batch)), "--epochs", "4")
+    size = ("--batch-size", str(batch), "--n-samples", str(max(10000, 40 * batch)))
+    variants = {str(ranks): partial(_epoch_seconds, ranks, *size) for ranks in (1, 2)}
+    return ratio(alternate(rounds, variants), "1", "2")
 
-    def epoch_seconds(ranks: int) -> float:
-        _, rows = train(ranks, *flags)
-        return min(float(row["seconds"]) for row in rows[1:])
 
-    return ratio(alternate(rounds, {"1": partial(epoch_seconds, 1), "2": partial(epoch_seconds, 2)}), "1", "2")
+def _epoch_seconds(ranks: int, *flags: str) -> float:
+    """The least time of an epoch, after the first."""
+    _, rows = train(ranks, *QUIET, *flags, "--epochs", "4")
+    return min(float(row["seconds"]) for row in rows[1:])
 
 
 # ---- more parameters
@@ -235,8 +237,7 @@ def measure_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 def _step_seconds(ranks: int, width: int, reduction: str) -> float:
     steps = 24
     size = ("--hidden", str(width), str(width), "--batch-size", "1024", "--n-samples", str(steps * 1280))
-    _, rows = train(ranks, *QUIET, *size, "--epochs", "4", "--reduction", reduction)
-    return min(float(row["seconds"]) for row in rows[1:]) / steps
+    return _epoch_seconds(ranks, *size, "--reduction", reduction) / steps
 
 
 # ---- the number of micro-batches

@@ -141,11 +141,15 @@ class Arriving:
             self._event.record()
         self._numbers = numbers
 
-    def read(self, wait_for: WaitFor) -> list[int]:
-        """Read the numbers once they are there."""
+    def fetch(self, wait_for: WaitFor) -> Tensor:
+        """The numbers on the CPU, once they are there."""
         if self._event is not None:
             wait_for(self._event)
-        numbers: list[int] = self._numbers.tolist()
+        return self._numbers
+
+    def read(self, wait_for: WaitFor) -> list[int]:
+        """Read the numbers once they are there."""
+        numbers: list[int] = self.fetch(wait_for).tolist()
         return numbers
 
 

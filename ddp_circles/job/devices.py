@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple
 
@@ -29,6 +30,18 @@ def choose_device(device: str, backend: str, local_rank: int) -> tuple[torch.dev
     if backend == "nccl" and not on_cuda:
         raise UserError("--backend nccl needs --device cuda and a CUDA device: use --backend gloo")
     return torch.device("cuda", local_rank % gpus) if on_cuda else torch.device("cpu"), backend
+
+
+def start_driver(device: str, local_rank: int | None) -> None:
+    """Start CUDA for a rank that may use it, on its own device where `local_rank` tells which.
+
+    If that fails, the choice of the device fails too, and says why.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        with suppress(Exception):
+            torch.cuda.init()
+            if local_rank is not None:
+                torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
 def device_uuid(device: torch.device) -> str:

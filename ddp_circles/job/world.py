@@ -31,12 +31,20 @@ from ddp_circles.errors import (
     UserError,
 )
 from ddp_circles.job.cards import default_cards
-from ddp_circles.job.devices import Place, choose_device, device_uuid, first_refusal, why_not_together
+from ddp_circles.job.devices import (
+    Place,
+    choose_device,
+    device_uuid,
+    first_refusal,
+    start_driver,
+    why_not_together,
+)
 from ddp_circles.job.ranks import Ranks, spell_ranks, this_host
 from ddp_circles.job.stop import stop_requested
 from ddp_circles.job.store import open_store
 from ddp_circles.job.sums import sum_over_ranks
 from ddp_circles.job.watch import STORE_SECONDS, WAITED, Watch, waiting
+from ddp_circles.metrics import Arriving
 from ddp_circles.plain import Plain, from_bytes, to_bytes
 from ddp_circles.terminal import say
 
@@ -163,23 +171,19 @@ class World:
         Raises `ConnectionError` when the job has failed elsewhere or a rank is gone, and after nine tenths of the
         timeout: at its end NCCL ends the process without a word.
         """
-        deadline = time.monotonic() + 0.9 * self.timeout
+        patience = 0.9 * self.timeout
+        deadline = time.monotonic() + patience
         with waiting:
             while not event.query():
                 if news := self.watch.news:
                     raise ConnectionError(news.partition(":")[0])
                 if time.monotonic() > deadline:
-                    raise ConnectionError(f"no sum of all ranks came within {0.9 * self.timeout:g} s")
+                    raise ConnectionError(f"no sum of all ranks came within {patience:g} s")
                 time.sleep(EVENT_SECONDS)
 
     def _fetch(self, numbers: Tensor) -> Tensor:
         """A copy on the CPU. Reading `numbers` would wait in C++, where no signal is heard and no rank missed."""
-        if not numbers.is_cuda:
-            return numbers
-        copy, event = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
-        event.record()
-        self.wait_for(event)
-        return copy
+        return Arriving(numbers).fetch(self.wait_for)
 
     def on_rank_0(self, action: Callable[[], Plain]) -> Plain:
         """Call `action` on rank 0 alone; returns its result, or raises its `UserError`, on every rank."""
@@ -255,13 +259,7 @@ def _join(
 ) -> World:
     """Meet the other ranks at the store, find out who is where, and open the process group, until `given_up` is set."""
     number = next(_world_numbers)
-    if device != "cpu" and torch.cuda.is_available():
-        # Before the first heartbeat: starting the driver can hold up all threads for many seconds. If it fails, the
-        # choice of the device does too, and says so.
-        with contextlib.suppress(Exception):
-            torch.cuda.init()
-            if ranks.local_rank is not None:
-                torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+    start_driver(device, ranks.local_rank)  # before the first heartbeat: it can hold up all threads for many seconds
     # The store is more patient than `_attend`, which says who is missing.
     store = open_store(ranks, timedelta(seconds=timeout + STORE_SECONDS), number)
     watch.connect(store)
@@ -355,7 +353,7 @@ def open_world(
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)  # each thread has its own
         # gloo's sockets tell of a rank that is gone. NCCL's kernels wait on; torchrun asks the others to stop.
-        watch.listening = (lambda: bool(waiting) and stop_requested()) if world.backend == "nccl" else (lambda: False)
+        watch.listening = lambda: world.backend == "nccl" and bool(waiting) and stop_requested()
         try:
             yield world
         finally:
